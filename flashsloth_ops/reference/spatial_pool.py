@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -27,28 +29,94 @@ def spatial_attention_pool(
     """
     hidden = torch.relu(x @ w1.T + b1)
     if dropout_p > 0.0:
+        assert seed is not None
         keep = dropout_keep(seed, x.shape[:-1].numel(), w1.shape[0], dropout_p)
         hidden = hidden * keep.view(hidden.shape) / (1.0 - dropout_p)
-    score = (hidden @ w2.reshape(-1) + b2).float() if x.dtype.itemsize < 4 else hidden @ w2.reshape(-1) + b2
+    score = (hidden @ w2.reshape(-1) + b2).to(torch.promote_types(x.dtype, torch.float32)).reshape(-1)
 
-    if isinstance(grid, Tensor):
-        window_of, count = packed_window_index(grid, window)
-        shape = (count,)
-    else:
-        batch = x.shape[0]
-        one, per_image = window_index(*grid, window)
-        image = torch.arange(batch).view(-1, 1) * per_image
-        window_of, count = (image + one).reshape(-1), batch * per_image
-        shape = (batch, per_image)
-
-    window_of = window_of.to(x.device)
-    flat, score = x.reshape(-1, x.shape[-1]), score.reshape(-1)
+    window_of, shape = windows_of_tokens(x, grid, window)
+    count = math.prod(shape)
     peak = score.new_full((count,), -torch.inf).scatter_reduce(0, window_of, score.detach(), "amax")
     mass = torch.exp(score - peak[window_of])
-    total = mass.new_zeros(count).index_add(0, window_of, mass)
-    weights = mass / total[window_of]
-    pooled = weights.new_zeros(count, x.shape[-1]).index_add(0, window_of, weights[:, None] * flat)
+    weights = mass / window_sum(mass, window_of, count)[window_of]
+    pooled = window_sum(weights[:, None] * x.reshape(-1, x.shape[-1]), window_of, count)
     return pooled.to(x.dtype).view(*shape, x.shape[-1]), weights.view(x.shape[:-1])
+
+
+def spatial_attention_pool_backward(
+    dy: Tensor,
+    dweights: Tensor | None,
+    x: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    weights: Tensor,
+    mask: Tensor,
+    *,
+    grid: tuple[int, int] | Tensor,
+    window: tuple[int, int],
+    dropout_p: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Exact gradients dx, dw1, db1, dw2 from the weights and one bit a hidden unit; db2 is zero.
+
+    With m_nj = [unit j of token n active and kept] / (1 - p), and sums over n within windows for da and a:
+
+    da_n = <x_n, dy> + dweights_n,  ds_n = a_n (da_n - sum a da)
+    G_j = sum_n ds_n m_nj x_n,      g_j = sum_n ds_n m_nj
+    dw1_j = w2_j G_j,  db1_j = w2_j g_j,  dw2_j = <w1_j, G_j> + b1_j g_j
+    dx_n = a_n dy + sum_j ds_n m_nj w2_j w1_j
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    window_of, shape = windows_of_tokens(x, grid, window)
+    count, dim = math.prod(shape), x.shape[-1]
+    flat, dy_of = x.reshape(-1, dim).to(wide), dy.reshape(-1, dim).to(wide)[window_of]
+    w1, b1, w2, a = w1.to(wide), b1.to(wide), w2.reshape(-1).to(wide), weights.reshape(-1)
+
+    da = (flat * dy_of).sum(-1)
+    if dweights is not None:
+        da = da + dweights.reshape(-1)
+    ds = a * (da - window_sum(a * da, window_of, count)[window_of])
+    m = unpack_mask(mask, w1.shape[0]).to(wide) / (1.0 - dropout_p)
+    G, g = (ds[:, None] * m).T @ flat, (ds[:, None] * m).sum(0)
+    dx = a[:, None] * dy_of + (ds[:, None] * m * w2) @ w1
+    grads = (dx.view(x.shape), w2[:, None] * G, w2 * g, (w1 * G).sum(1) + b1 * g)
+    return tuple(t.to(x.dtype) for t in grads)  # type: ignore[return-value]
+
+
+def activation_mask(x: Tensor, w1: Tensor, b1: Tensor, *, dropout_p: float = 0.0, seed: Tensor | None = None) -> Tensor:
+    """What forward keeps for backward: bit j % 32 of int32 word ``[n, j // 32]`` is [unit j active and kept]."""
+    active = (x.reshape(-1, x.shape[-1]) @ w1.T + b1) > 0
+    if dropout_p > 0.0:
+        assert seed is not None
+        active = active & dropout_keep(seed, *active.shape, dropout_p)
+    rows, hidden = active.shape
+    words = -(-hidden // 32)
+    bits = torch.nn.functional.pad(active, (0, 32 * words - hidden)).view(rows, words, 32).long()
+    packed = (bits << torch.arange(32, device=x.device)).sum(-1)
+    return torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32)
+
+
+def unpack_mask(mask: Tensor, hidden: int) -> Tensor:
+    """Bool ``(tokens, hidden)`` from the words of :func:`activation_mask`."""
+    bits = (mask[:, :, None] >> torch.arange(32, device=mask.device)) & 1
+    return bits.bool().view(mask.shape[0], -1)[:, :hidden]
+
+
+def window_sum(values: Tensor, window_of: Tensor, count: int) -> Tensor:
+    """Sum of the values of each window's tokens."""
+    return values.new_zeros(count, *values.shape[1:]).index_add(0, window_of, values)
+
+
+def windows_of_tokens(
+    x: Tensor, grid: tuple[int, int] | Tensor, window: tuple[int, int]
+) -> tuple[Tensor, tuple[int, ...]]:
+    """Number of the window each token of the batch is in, and the shape of the windows, ``(B, n)`` or ``(n,)``."""
+    if isinstance(grid, Tensor):
+        index, count = packed_window_index(grid, window)
+        return index.to(x.device), (count,)
+    one, per_image = window_index(*grid, window)
+    first = torch.arange(x.shape[0]).view(-1, 1) * per_image
+    return (first + one).reshape(-1).to(x.device), (x.shape[0], per_image)
 
 
 def window_index(height: int, width: int, window: tuple[int, int]) -> tuple[Tensor, int]:

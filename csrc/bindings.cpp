@@ -1,0 +1,196 @@
+// The one file that knows torch: registers the kernels under torch.ops.flashsloth (libtorch stable ABI, so one
+// binary serves every torch from 2.10) and gives the CPU kernels torch's matrix product and threads.
+//
+// Schemas, checks of what users pass, fake and autograd registrations live in flashsloth_ops/<op>.py.
+#include <pybind11/pybind11.h>
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cpu/gemm.h"
+#include "cpu/isa.h"
+#include "cpu/spatial_pool.h"
+
+namespace flashsloth::cpu {
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+const torch::stable::Device kCpu(torch::headeronly::DeviceType::CPU);
+
+template <class T>
+constexpr ScalarType scalar_type = std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
+
+// A tensor over memory of ours. Torch reads sizes and strides, so a transposed operand is only described.
+template <class T>
+Tensor wrap(const Matrix<T>& m) {
+  const int64_t sizes[] = {m.transposed ? m.cols : m.rows, m.transposed ? m.rows : m.cols};
+  const int64_t strides[] = {m.transposed ? 1 : m.stride, m.transposed ? m.stride : 1};
+  return torch::stable::from_blob(const_cast<std::remove_const_t<T>*>(m.data), {sizes, 2}, {strides, 2}, kCpu,
+                                  scalar_type<std::remove_const_t<T>>);
+}
+
+}  // namespace
+
+template <class T>
+void gemm(T alpha, const Matrix<const T>& a, const Matrix<const T>& b, T beta, const Matrix<T>& c) {
+  const Tensor ta = wrap(a), tb = wrap(b), tc = wrap(c);
+  if (alpha == T(1) && beta == T(0)) {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(tc.get(), ta.get(), tb.get()));
+  } else {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_addmm_out(tc.get(), tc.get(), ta.get(), tb.get(), beta, alpha));
+  }
+}
+template void gemm(float, const Matrix<const float>&, const Matrix<const float>&, float, const Matrix<float>&);
+template void gemm(double, const Matrix<const double>&, const Matrix<const double>&, double, const Matrix<double>&);
+
+void parallel_for_ranges(int64_t count, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context) {
+  if (count > 0) STABLE_TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, count, grain, body, context));
+}
+int num_threads() { return static_cast<int>(torch::stable::get_num_threads()); }
+
+}  // namespace flashsloth::cpu
+
+namespace {
+
+namespace cpu = flashsloth::cpu;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// ---- helpers ----
+
+const torch::stable::Device kCpu(torch::headeronly::DeviceType::CPU);
+
+cpu::DType dtype_of(const Tensor& t, const char* op) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return cpu::DType::float32;
+    case ScalarType::Double: return cpu::DType::float64;
+    case ScalarType::BFloat16: return cpu::DType::bfloat16;
+    case ScalarType::Half: return cpu::DType::float16;
+    default: throw std::runtime_error(std::string(op) + ": expected float32, float64, bfloat16 or float16 tensors");
+  }
+}
+
+Tensor empty(std::vector<int64_t> sizes, ScalarType dtype) {
+  return torch::stable::empty(sizes, dtype, std::nullopt, kCpu);
+}
+
+// Statistics are fp32; for float64, which serves gradient checks, fp64.
+ScalarType wide(ScalarType dtype) { return dtype == ScalarType::Double ? dtype : ScalarType::Float; }
+
+// Contiguous form of an input, kept alive as long as the pointer is used.
+Tensor dense(const Tensor& t) { return torch::stable::contiguous(t); }
+std::optional<Tensor> dense(const std::optional<Tensor>& t) {
+  return t ? std::optional<Tensor>(dense(*t)) : std::nullopt;
+}
+void* data(const std::optional<Tensor>& t) { return t ? t->mutable_data_ptr() : nullptr; }
+void* data(const Tensor& t) { return t.mutable_data_ptr(); }
+
+int64_t scalar(const std::optional<Tensor>& t) {
+  return t ? *static_cast<const int64_t*>(dense(*t).const_data_ptr()) : 0;
+}
+
+// ---- spatial_pool ----
+
+// Geometry of a call: `grids` (images, 2) for packed tokens, else one (height, width) for every image of x.
+struct PoolGeometry {
+  std::optional<Tensor> packed;
+  int64_t one[2];
+  cpu::Grids grids;
+
+  PoolGeometry(const Tensor& x, const std::optional<Tensor>& grids_, int64_t height, int64_t width, int64_t ph,
+               int64_t pw)
+      : packed(dense(grids_)), one{height, width} {
+    grids.sizes = packed ? static_cast<const int64_t*>(packed->const_data_ptr()) : one;
+    grids.uniform = !packed;
+    grids.images = packed ? packed->size(0) : x.size(0);
+    grids.window_height = ph;
+    grids.window_width = pw;
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> spatial_pool(Tensor x_, Tensor w1_, Tensor b1_, Tensor w2_, Tensor b2_,
+                                                std::optional<Tensor> grids, int64_t height, int64_t width,
+                                                int64_t num_windows, int64_t window_height, int64_t window_width,
+                                                double dropout_p, std::optional<Tensor> seed, bool save_mask) {
+  const Tensor x = dense(x_), w1 = dense(w1_), b1 = dense(b1_), w2 = dense(w2_), b2 = dense(b2_);
+  const int64_t dim = w1.size(1), hidden = w1.size(0), tokens = grids ? x.size(0) : x.size(0) * x.size(1);
+  const PoolGeometry geometry(x, grids, height, width, window_height, window_width);
+
+  Tensor y = empty(grids ? std::vector<int64_t>{num_windows, dim} : std::vector<int64_t>{x.size(0), num_windows, dim},
+                   x.scalar_type());
+  Tensor weights =
+      empty(grids ? std::vector<int64_t>{tokens} : std::vector<int64_t>{x.size(0), x.size(1)}, wide(x.scalar_type()));
+  Tensor mask = empty({save_mask ? tokens : 0, (hidden + 31) / 32}, ScalarType::Int);
+
+  cpu::spatial_pool_forward({dtype_of(x, "spatial_pool"), tokens, dim, hidden, geometry.grids, data(x), data(w1),
+                             data(b1), data(w2), data(b2), dropout_p, scalar(seed), data(y), data(weights),
+                             save_mask ? static_cast<uint32_t*>(data(mask)) : nullptr});
+  return {y, weights, mask};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> spatial_pool_backward(Tensor dy_, std::optional<Tensor> dweights_, Tensor x_,
+                                                                 Tensor w1_, Tensor b1_, Tensor w2_, Tensor weights_,
+                                                                 Tensor mask_, std::optional<Tensor> grids,
+                                                                 int64_t height, int64_t width, int64_t window_height,
+                                                                 int64_t window_width, double dropout_p, bool need_dx,
+                                                                 bool need_dw) {
+  const Tensor dy = dense(dy_), x = dense(x_), w1 = dense(w1_), b1 = dense(b1_), w2 = dense(w2_);
+  const Tensor weights = dense(weights_), mask = dense(mask_);
+  const std::optional<Tensor> dweights = dense(dweights_);
+  const int64_t dim = w1.size(1), hidden = w1.size(0), tokens = grids ? x.size(0) : x.size(0) * x.size(1);
+  const PoolGeometry geometry(x, grids, height, width, window_height, window_width);
+
+  const ScalarType dtype = x.scalar_type();
+  Tensor dx =
+      empty(need_dx ? std::vector<int64_t>(x.sizes().begin(), x.sizes().end()) : std::vector<int64_t>{0}, dtype);
+  Tensor dw1 = empty({need_dw ? hidden : 0, dim}, dtype), db1 = empty({need_dw ? hidden : 0}, dtype);
+  Tensor dw2 = empty({need_dw ? hidden : 0}, dtype);
+  cpu::spatial_pool_backward({dtype_of(x, "spatial_pool_backward"), tokens, dim, hidden, geometry.grids, data(x),
+                              data(w1), data(b1), data(w2), data(weights), data(dy), data(dweights),
+                              static_cast<const uint32_t*>(data(mask)), dropout_p, need_dx ? data(dx) : nullptr,
+                              need_dw ? data(dw1) : nullptr, need_dw ? data(db1) : nullptr,
+                              need_dw ? data(dw2) : nullptr});
+  return {dx, dw1, db1, dw2};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(flashsloth, CPU, m) {
+  m.impl("spatial_pool", TORCH_BOX(&spatial_pool));
+  m.impl("spatial_pool_backward", TORCH_BOX(&spatial_pool_backward));
+}
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Build information and test switches; the ops themselves are under torch.ops.flashsloth.";
+  m.def("cpu_isa", [] { return cpu::isa_name(cpu::isa()); }, "Instruction set the CPU kernels run with.");
+  m.def(
+      "set_cpu_isa",
+      [](const std::string& name) {
+        for (cpu::Isa isa : {cpu::Isa::baseline, cpu::Isa::avx2, cpu::Isa::avx512}) {
+          if (name != cpu::isa_name(isa)) continue;
+          if (!cpu::set_isa(isa)) throw std::invalid_argument("isa: this processor has no " + name);
+          return;
+        }
+        throw std::invalid_argument("isa: expected baseline, avx2 or avx512, got " + name);
+      },
+      "Use a lesser instruction set than the processor has.");
+  m.def("set_scratch_poison", &cpu::set_scratch_poison, "Fill scratch memory with NaN before each use.");
+  m.def("build_info", [] {
+    pybind11::dict info;
+    info["compiler"] = FLASHSLOTH_COMPILER;
+    info["torch"] = FLASHSLOTH_TORCH_VERSION;
+    info["torch_target_version"] = "2.10";
+    info["cuda"] = false;
+    return info;
+  });
+}
