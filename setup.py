@@ -1,6 +1,6 @@
 """Builds flashsloth_ops._C: the CPU kernels, once per instruction set, and the bindings, with ninja.
 
-FLASHSLOTH_BUILD_CUDA   auto (default): build csrc/cuda when nvcc and a CUDA build of torch are present; 0: never; 1: always
+FLASHSLOTH_BUILD_CUDA   auto (default): build csrc/cuda when nvcc and a CUDA torch are present; 0: never; 1: always
 FLASHSLOTH_CUDA_ARCHS   architectures for nvcc, default "80 90a"
 MAX_JOBS                compilers at once; default: as many as processors and memory allow
 """
@@ -87,13 +87,11 @@ def jobs() -> int:
         return max(1, int(os.environ["MAX_JOBS"]))
     processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        cached = next(
-            (int(line.split()[1]) * 1024 for line in open("/proc/meminfo") if line.startswith("MemAvailable")), free
-        )
-    except (OSError, ValueError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
         return processors
-    return max(1, min(processors, int(max(free, cached) // MEMORY_PER_JOB)))
+    return max(1, min(processors, int(available // MEMORY_PER_JOB)))
 
 
 def write_ninja(

@@ -101,20 +101,34 @@ int64_t scalar(const std::optional<Tensor>& t) {
 
 // ---- spatial_pool ----
 
-// Geometry of a call: `grids` (images, 2) for packed tokens, else one (height, width) for every image of x.
+// Geometry of a call: `grids` (images, 2) for packed tokens, else one (height, width) for every image of x. Checked
+// here once more, since a raw call of the op must not read out of bounds either.
 struct PoolGeometry {
   std::optional<Tensor> packed;
   int64_t one[2];
   cpu::Grids grids;
+  int64_t tokens = 0, windows = 0;
 
   PoolGeometry(const Tensor& x, const std::optional<Tensor>& grids_, int64_t height, int64_t width, int64_t ph,
                int64_t pw)
       : packed(dense(grids_)), one{height, width} {
+    if (packed && packed->scalar_type() != ScalarType::Long)
+      throw std::runtime_error("spatial_pool: grids: expected an int64 tensor (images, 2)");
     grids.sizes = packed ? static_cast<const int64_t*>(packed->const_data_ptr()) : one;
     grids.uniform = !packed;
     grids.images = packed ? packed->size(0) : x.size(0);
     grids.window_height = ph;
     grids.window_width = pw;
+    for (int64_t i = 0; i < grids.images; ++i) {
+      if (grids.height(i) < 0 || grids.width(i) < 0 || ph < 1 || pw < 1)
+        throw std::runtime_error("spatial_pool: grids: expected sides of 0 or more and windows of 1 or more");
+      tokens += grids.height(i) * grids.width(i);
+      windows += grids.window_rows(i) * grids.window_columns(i);
+    }
+    const int64_t rows = packed ? x.size(0) : x.size(0) * x.size(1);
+    if (tokens != rows)
+      throw std::runtime_error("spatial_pool: grids: expected " + std::to_string(rows) +
+                               " tokens in all as x has, got " + std::to_string(tokens));
   }
 };
 
@@ -123,8 +137,11 @@ std::tuple<Tensor, Tensor, Tensor> spatial_pool(Tensor x_, Tensor w1_, Tensor b1
                                                 int64_t num_windows, int64_t window_height, int64_t window_width,
                                                 double dropout_p, std::optional<Tensor> seed, bool save_mask) {
   const Tensor x = dense(x_), w1 = dense(w1_), b1 = dense(b1_), w2 = dense(w2_), b2 = dense(b2_);
-  const int64_t dim = w1.size(1), hidden = w1.size(0), tokens = grids ? x.size(0) : x.size(0) * x.size(1);
   const PoolGeometry geometry(x, grids, height, width, window_height, window_width);
+  const int64_t dim = w1.size(1), hidden = w1.size(0), tokens = geometry.tokens;
+  if (geometry.windows != num_windows * (grids ? 1 : x.size(0)))
+    throw std::runtime_error("spatial_pool: num_windows: expected " + std::to_string(geometry.windows) +
+                             " in all for these grids, got " + std::to_string(num_windows));
 
   Tensor y = empty(grids ? std::vector<int64_t>{num_windows, dim} : std::vector<int64_t>{x.size(0), num_windows, dim},
                    x.scalar_type());
@@ -147,12 +164,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> spatial_pool_backward(Tensor dy_, std
   const Tensor dy = dense(dy_), x = dense(x_), w1 = dense(w1_), b1 = dense(b1_), w2 = dense(w2_);
   const Tensor weights = dense(weights_), mask = dense(mask_);
   const std::optional<Tensor> dweights = dense(dweights_);
-  const int64_t dim = w1.size(1), hidden = w1.size(0), tokens = grids ? x.size(0) : x.size(0) * x.size(1);
   const PoolGeometry geometry(x, grids, height, width, window_height, window_width);
+  const int64_t dim = w1.size(1), hidden = w1.size(0), tokens = geometry.tokens;
 
   const ScalarType dtype = x.scalar_type();
-  Tensor dx =
-      empty(need_dx ? std::vector<int64_t>(x.sizes().begin(), x.sizes().end()) : std::vector<int64_t>{0}, dtype);
+  std::vector<int64_t> dx_sizes(x.sizes().begin(), x.sizes().end());
+  if (!need_dx) dx_sizes[0] = 0;
+  Tensor dx = empty(dx_sizes, dtype);
   Tensor dw1 = empty({need_dw ? hidden : 0, dim}, dtype), db1 = empty({need_dw ? hidden : 0}, dtype);
   Tensor dw2 = empty({need_dw ? hidden : 0}, dtype);
   cpu::spatial_pool_backward({dtype_of(x, "spatial_pool_backward"), tokens, dim, hidden, geometry.grids, data(x),

@@ -104,7 +104,7 @@ def select(op: str, tensor: Tensor, head_dim: int = 0) -> str:
     """The backend that serves ``op`` on tensors like this one."""
     device, dtype = tensor.device.type, tensor.dtype
     forced = getattr(_local, "forced", None) or _environment
-    reasons = []
+    reasons: list[str] = []
     for rule in RULES:
         if rule.op != op or (forced is not None and rule.backend != forced):
             continue

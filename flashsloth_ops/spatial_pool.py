@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -80,10 +82,10 @@ def spatial_attention_pool(
 
 
 def _window(window: int | tuple[int, int]) -> tuple[int, int]:
-    pair = (window, window) if isinstance(window, int) else tuple(window)
+    pair = window if isinstance(window, (tuple, list)) else (window, window)
     if len(pair) != 2 or not all(isinstance(side, int) and side >= 1 for side in pair):
         raise ValueError(f"window: expected a positive int or two of them, got {window!r}")
-    return pair  # type: ignore[return-value]
+    return pair[0], pair[1]
 
 
 def _check_weights(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> None:
@@ -157,7 +159,7 @@ def _fake(
     x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, grids: Tensor | None, height: int, width: int,
     num_windows: int, window_height: int, window_width: int, dropout_p: float, seed: Tensor | None, save_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    tokens = x.shape[:-1].numel()
+    tokens = math.prod(x.shape[:-1])
     y = x.new_empty((*x.shape[:-2], num_windows, x.shape[-1]))
     weights = x.new_empty(x.shape[:-1], dtype=_wide(x.dtype))
     mask = x.new_empty((tokens if save_mask else 0, (w1.shape[0] + 31) // 32), dtype=torch.int32)
@@ -173,7 +175,7 @@ def _fake_backward(
     hidden, dim = w1.shape
     rows = hidden if need_dw else 0
     return (
-        x.new_empty(x.shape if need_dx else (0,)),
+        x.new_empty(x.shape if need_dx else (0, *x.shape[1:])),
         x.new_empty(rows, dim),
         x.new_empty(rows),
         x.new_empty(rows),
@@ -208,7 +210,6 @@ def _backward(ctx, dy, dweights, _):  # type: ignore[no-untyped-def]
 # Compiled kernels override these two on their devices; elsewhere, and without the extension, the op still works.
 
 
-@torch.library.impl("flashsloth::spatial_pool", "CompositeExplicitAutograd")
 def _plain(x, w1, b1, w2, b2, grids, height, width, num_windows, ph, pw, p, seed, save_mask):  # type: ignore[no-untyped-def]
     grid = (height, width) if grids is None else grids
     y, weights = reference.spatial_attention_pool(x, w1, b1, w2, b2, grid=grid, window=(ph, pw), dropout_p=p, seed=seed)
@@ -216,17 +217,15 @@ def _plain(x, w1, b1, w2, b2, grids, height, width, num_windows, ph, pw, p, seed
     return y, weights, mask if save_mask else mask[:0].clone()
 
 
-@torch.library.impl("flashsloth::spatial_pool_backward", "CompositeExplicitAutograd")
 def _plain_backward(dy, dweights, x, w1, b1, w2, weights, mask, grids, height, width, ph, pw, p, need_dx, need_dw):  # type: ignore[no-untyped-def]
     grid = (height, width) if grids is None else grids
     grads = reference.spatial_attention_pool_backward(
         dy, dweights, x, w1, b1, w2, weights, mask, grid=grid, window=(ph, pw), dropout_p=p
     )
     wanted = (need_dx, need_dw, need_dw, need_dw)
-    return tuple(
-        g if want else g[:0].clone() if g is not grads[0] else x.new_empty(0)
-        for g, want in zip(grads, wanted, strict=True)
-    )
+    return tuple(g if want else g[:0].clone() for g, want in zip(grads, wanted, strict=True))
 
 
+torch.library.impl("flashsloth::spatial_pool", "CompositeExplicitAutograd", _plain)
+torch.library.impl("flashsloth::spatial_pool_backward", "CompositeExplicitAutograd", _plain_backward)
 torch.library.register_autograd("flashsloth::spatial_pool", _backward, setup_context=_setup_context)

@@ -88,7 +88,7 @@ def activation_mask(x: Tensor, w1: Tensor, b1: Tensor, *, dropout_p: float = 0.0
     active = (x.reshape(-1, x.shape[-1]) @ w1.T + b1) > 0
     if dropout_p > 0.0:
         assert seed is not None
-        active = active & dropout_keep(seed, *active.shape, dropout_p)
+        active = active & dropout_keep(seed, active.shape[0], active.shape[1], dropout_p)
     rows, hidden = active.shape
     words = -(-hidden // 32)
     bits = torch.nn.functional.pad(active, (0, 32 * words - hidden)).view(rows, words, 32).long()
