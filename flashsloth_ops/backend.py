@@ -110,7 +110,8 @@ def select(op: str, tensor: Tensor, head_dim: int = 0) -> str:
             continue
         reason = rule.why_not(device, dtype, head_dim)
         if reason is None:
-            if reasons and rule.backend == "reference" and not torch.compiler.is_compiling():
+            slow = rule.backend == "reference" and forced is None and device != "meta"
+            if slow and not torch.compiler.is_compiling():
                 _warn_once(f"{op}: the reference backend (plain PyTorch) serves this call; {'; '.join(reasons)}")
             return rule.backend
         reasons.append(f"{rule.backend}: {reason}")
