@@ -38,6 +38,8 @@ Scratch::~Scratch() { std::free(block_); }
 
 void set_scratch_poison(bool on) { poison = on; }
 
+Isa detected_isa() { return detected; }
+
 Isa isa() { return chosen; }
 
 bool set_isa(Isa wanted) {
