@@ -399,7 +399,7 @@ def _official_settings(path: str, **hub: Any) -> dict[str, Any]:
     if not (isinstance(side, int) and isinstance(patch, int) and 0 < patch <= side):
         raise ValueError(f"{path}: expected image_size and patch_size of the vision tower as ints, got {side}, {patch}")
     regions = -(-(side // patch) // POOL_WINDOW)
-    image = {"image_size": side, "image_hd": bool(config.get("image_hd", False))}
+    image: dict[str, Any] = {"image_size": side, "image_hd": bool(config.get("image_hd", False))}
     # "square" is also what the official code does for values it does not know, such as a missing one.
     image["image_aspect_ratio"] = "pad" if config.get("image_aspect_ratio") == "pad" else "square"
     return {"image_processor": image, "tokens_per_tile": regions * regions}
