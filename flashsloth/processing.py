@@ -24,7 +24,7 @@ from .prompt import (
     find_questions,
     message_images,
 )
-from .tokenization import load_tokenizer, read_json
+from .tokenization import load_tokenizer, read_json, special_tokens
 
 logger = logging.get_logger(__name__)
 
@@ -84,16 +84,17 @@ class FlashSlothProcessor(ProcessorMixin):
         self.tokens_per_tile = tokens_per_tile
         if not getattr(tokenizer, "is_fast", False):
             raise TypeError(f"tokenizer: expected a fast tokenizer (with offsets), got {type(tokenizer).__name__}")
-        vocabulary = tokenizer.get_vocab()
-        lacking = [token for token in (IMAGE_TOKEN, QUERY_TOKEN) if token not in vocabulary]
+        special = special_tokens(tokenizer)
+        lacking = [token for token in (IMAGE_TOKEN, QUERY_TOKEN) if token not in special]
         lacking += [name for name in ("eos_token", "pad_token") if getattr(tokenizer, name) is None]
         if lacking:
             raise ValueError(
                 f"tokenizer: expected it to have {', '.join(lacking)}; "
                 "flashsloth.tokenization.add_flashsloth_tokens adds what is missing"
             )
-        self.image_token, self.image_token_id = IMAGE_TOKEN, vocabulary[IMAGE_TOKEN]
-        self.learnable_token, self.learnable_token_id = QUERY_TOKEN, vocabulary[QUERY_TOKEN]
+        self.image_token, self.learnable_token = IMAGE_TOKEN, QUERY_TOKEN
+        vocabulary = tokenizer.get_vocab()
+        self.image_token_id, self.learnable_token_id = vocabulary[IMAGE_TOKEN], vocabulary[QUERY_TOKEN]
 
     # ---------------------------------------------------------------- loading
 
@@ -135,6 +136,11 @@ class FlashSlothProcessor(ProcessorMixin):
         if ignored:
             logger.warning(f"FlashSlothProcessor.from_pretrained ignores {', '.join(ignored)}")
         return cls(FlashSlothImageProcessor.from_dict(image_settings), load_tokenizer(path, **hub), **own)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], push_to_hub: bool = False, **kwargs: Any) -> Any:
+        # A tokenizer writes the padding side it was loaded with, not the one it has.
+        self.tokenizer.init_kwargs["padding_side"] = self.tokenizer.padding_side
+        return super().save_pretrained(save_directory, push_to_hub, **kwargs)
 
     @property
     def model_input_names(self) -> list[str]:
@@ -374,8 +380,7 @@ class FlashSlothProcessor(ProcessorMixin):
 
     def _reserved(self) -> list[str]:
         """What no message may contain: the tokens that would end a turn or stand for a placeholder."""
-        special = [token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special]
-        return list(dict.fromkeys([self.tokenizer.eos_token, *self.tokenizer.all_special_tokens, *special]))
+        return special_tokens(self.tokenizer)
 
 
 def _plain_parts(message: Mapping[str, Any]) -> dict[str, Any]:

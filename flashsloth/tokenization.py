@@ -25,17 +25,23 @@ def add_flashsloth_tokens(tokenizer: PreTrainedTokenizerBase) -> PreTrainedToken
     """
     if not getattr(tokenizer, "is_fast", False):
         raise TypeError(f"tokenizer: expected a fast tokenizer (with offsets), got {type(tokenizer).__name__}")
-    vocabulary = tokenizer.get_vocab()
-    if QUERY_TOKEN not in vocabulary:
+    special = special_tokens(tokenizer)
+    if QUERY_TOKEN not in special:
         tokenizer.add_tokens([QUERY_TOKEN], special_tokens=True)
-    if EOS_TOKEN not in vocabulary or tokenizer.eos_token != EOS_TOKEN:
+    if EOS_TOKEN not in special or tokenizer.eos_token != EOS_TOKEN:
         tokenizer.add_special_tokens({"eos_token": EOS_TOKEN})
-    if IMAGE_TOKEN not in vocabulary:
+    if IMAGE_TOKEN not in special:
         tokenizer.add_tokens([IMAGE_TOKEN], special_tokens=True)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
     tokenizer.padding_side = "left"
     return tokenizer
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The strings a tokenizer takes for one token wherever they occur in a text, and leaves out when decoding."""
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return list(dict.fromkeys([*tokenizer.all_special_tokens, *added]))
 
 
 def load_tokenizer(path: str | os.PathLike[str], **hub: Any) -> PreTrainedTokenizerBase:
