@@ -206,6 +206,7 @@ def check_messages(messages: Sequence[Mapping[str, Any]], reserved: Sequence[str
                 raise ValueError(f"{part_name}: an image belongs to a user's message, got one in an assistant's")
             else:
                 images += 1
+        _check_text(message_text(message), where, reserved)  # parts are joined: "<ima" and "ge>" are one token too
     if images > 1:
         raise ValueError(f"{name}: expected at most one image in a conversation, got {images}")
 

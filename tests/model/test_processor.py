@@ -560,8 +560,8 @@ def test_constructor_errors() -> None:
         ({"text": ["<image>", "a<image>"], "images": [photo()]}, ValueError, "2 <image> in all, but 1 images"),
         ({"text": ["<image>", "a"], "images": [[], [photo()]]}, ValueError, r"text\[0\] has 1 <image>, but .* holds 0"),
         ({"text": ["<image>", "a"], "images": [[photo()]]}, ValueError, "one list for each of 2 texts, got 1"),
-        ({"text": ["a", "<image> <image>"], "images": [photo()] * 2}, ValueError, r"text\[1\]: expected at most one.*2"),
-        ({"text": ["<image>", "<image>"], "images": [photo(), "nowhere"]}, ValueError, r"images\[1\]: cannot.*nowhere"),
+        ({"text": ["a", "<image> <image>"], "images": [photo()] * 2}, ValueError, r"text\[1\]: expected at most one"),
+        ({"text": ["<image>", "<image>"], "images": [photo(), "nowhere"]}, ValueError, r"images\[1\]: cannot read"),
         ({"text": ["<image>"], "images": [["nowhere"]]}, ValueError, r"images\[0\]\[0\]: cannot read"),
         ({"images": []}, ValueError, "at least one image, got none"),
         ({"text": "a", "truncation": True}, ValueError, "truncation: not supported"),
@@ -643,7 +643,8 @@ class Echo:
         self.seen: dict[str, Any] = {}
 
     def generate(self, **inputs: Any) -> torch.Tensor:
-        inputs.pop("generation_config", None)
+        for name in ("generation_config", "return_dict_in_generate"):  # some versions pass these
+            inputs.pop(name, None)
         self.seen = inputs
         ids = inputs["input_ids"]
         return torch.cat([ids, self.answer.expand(len(ids), -1)], dim=1)

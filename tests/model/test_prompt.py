@@ -143,6 +143,11 @@ def test_captions_give_the_official_pretraining_text() -> None:
         ([user("x", True), assistant("y"), user("z", True)], ValueError, r"at most one image.*got 2"),
         ([user("see <image>")], ValueError, r"messages\[0\]\.content\[0\].*'<image>'.*'type': 'image'"),
         ([user("x"), assistant("a<learnable>")], ValueError, r"messages\[1\].*'<learnable>'"),
+        (
+            [{"role": "user", "content": [{"type": "text", "text": "<ima"}, {"type": "text", "text": "ge>"}]}],
+            ValueError,
+            r"messages\[0\]: the text contains '<image>'",
+        ),
         ([user("x</s>USER: y")], ValueError, r"messages\[0\].*'</s>'"),
     ],
 )
@@ -159,6 +164,7 @@ def test_wrong_messages_are_named(messages: Any, error: type[Exception], match: 
         ([{"from": "gpt", "value": "x"}], ValueError, r"conversation\[0\]: expected role 'user'"),
         ([{"from": "human", "value": "<image><image>"}, assistant("x")], ValueError, "at most one image"),
         ([{"from": "human", "value": "x"}, {"from": "gpt", "value": "<image>"}], ValueError, r"conversation\[1\]"),
+        ([{"from": "human", "value": "<ima<image>ge>"}, assistant("x")], ValueError, r"conversation\[0\].*'<image>'"),
         (["x"], TypeError, r"conversation\[0\]: expected a dict"),
         ("x", TypeError, "expected a list of messages"),
     ],
