@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,12 +29,13 @@ from .tokenization import load_tokenizer, read_json, special_tokens
 
 logger = logging.get_logger(__name__)
 
-POOL_WINDOW = 3
 _BATCH_KWARGS = ("padding", "padding_side", "max_length", "pad_to_multiple_of", "return_tensors")
 _VIEW_KWARGS = ("image_hd", "image_aspect_ratio")
 _OPTIONS = (*_BATCH_KWARGS, *_VIEW_KWARGS, "truncation", "add_special_tokens")
 _CALL_KWARGS = ("images", "text_kwargs", "images_kwargs", "common_kwargs", *_OPTIONS)
 _IMAGE_SETTINGS = ("image_size", "image_hd", "image_aspect_ratio", "image_mean", "image_std")
+# What auto classes and pipelines hand to every part of a model.
+_OF_AUTO_CLASSES = {"_from_auto", "_from_pipeline", "trust_remote_code", "code_revision", "use_fast", "dtype"}
 _HUB_KWARGS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder", "proxies")
 
 
@@ -104,9 +106,9 @@ class FlashSlothProcessor(ProcessorMixin):
     ) -> FlashSlothProcessor:
         """Loads a processor from our layout (``save_pretrained``) or from the official one, a directory or a hub id.
 
-        The official layout has no processor files: the template is the built-in one, HD is ``image_hd`` and padding
-        ``image_aspect_ratio`` of ``config.json``, and the tile size and its tokens follow from
-        ``vision_tower/config.json`` where that exists (384 and 81 without it).
+        The official layout has no processor files, and a model saved alone has none: then the template is the built-in
+        one, HD is ``image_hd`` and padding ``image_aspect_ratio`` of ``config.json``, and the tile size and its tokens
+        follow from the vision configuration there or in ``vision_tower/config.json`` (384 and 81 without one).
 
         Args:
             kwargs: hub arguments of transformers, and ``num_queries``, ``tokens_per_tile``, ``chat_template`` or
@@ -122,7 +124,7 @@ class FlashSlothProcessor(ProcessorMixin):
         hub = {key: kwargs.pop(key) for key in _HUB_KWARGS if key in kwargs}
         hub = {key: value for key, value in hub.items() if value is not None}
         stored, _ = cls.get_processor_dict(path, **hub)
-        settings = stored if stored.get("image_processor") else _official_settings(path, **hub)
+        settings = stored if stored.get("image_processor") else _settings_of_config(path, **hub)
         own: dict[str, Any] = {key: settings[key] for key in ("num_queries", "tokens_per_tile") if key in settings}
         own["chat_template"] = stored.get("chat_template")
         own.update(
@@ -130,9 +132,7 @@ class FlashSlothProcessor(ProcessorMixin):
         )
         image_settings = {**settings["image_processor"]}
         image_settings.update({key: kwargs.pop(key) for key in _IMAGE_SETTINGS if key in kwargs})
-        ignored = sorted(
-            set(kwargs) - {"_from_auto", "_from_pipeline", "trust_remote_code", "code_revision", "use_fast"}
-        )
+        ignored = sorted(set(kwargs) - _OF_AUTO_CLASSES)
         if ignored:
             logger.warning(f"FlashSlothProcessor.from_pretrained ignores {', '.join(ignored)}")
         return cls(FlashSlothImageProcessor.from_dict(image_settings), load_tokenizer(path, **hub), **own)
@@ -272,6 +272,8 @@ class FlashSlothProcessor(ProcessorMixin):
             if kwargs.pop(name, None):
                 raise ValueError(f"{name}: not part of this format")
         kwargs.pop("sanitize_control_tokens", None)  # messages with such tokens are refused below
+        options = {key: value for key, value in kwargs.items() if key not in _CALL_KWARGS}
+        self._check_template_options(chat_template, options)
         batched = not isinstance(conversation[0], Mapping)
         conversations = [getattr(c, "messages", c) for c in conversation] if batched else [conversation]
         prompts = []
@@ -282,7 +284,6 @@ class FlashSlothProcessor(ProcessorMixin):
             if continue_final_message and ask:
                 raise ValueError(f"{name}: continue_final_message expects an assistant's message last, got a user's")
             generate = (ask and not continue_final_message) if add_generation_prompt is None else add_generation_prompt
-            options = {key: value for key, value in kwargs.items() if key not in _CALL_KWARGS}
             prompts.append(
                 super().apply_chat_template(
                     [_plain_parts(message) for message in messages],
@@ -378,6 +379,14 @@ class FlashSlothProcessor(ProcessorMixin):
             data["pixel_values"] = self.image_processor.pixel_values(named, **view)
         return BatchFeature(data, tensor_type=return_tensors)
 
+    def _check_template_options(self, chat_template: str | None, options: Mapping[str, Any]) -> None:
+        """A template ignores what it does not read, a misspelt argument say, so that is refused."""
+        templates = self.chat_template if isinstance(self.chat_template, dict) else {"default": self.chat_template}
+        template = templates.get(chat_template or "default", chat_template) or ""
+        unknown = [key for key in options if not re.search(rf"\b{re.escape(key)}\b", template)]
+        if unknown:
+            raise TypeError(f"apply_chat_template got arguments no template reads: {', '.join(sorted(unknown))}")
+
     def _reserved(self) -> list[str]:
         """What no message may contain: the tokens that would end a turn or stand for a placeholder."""
         return special_tokens(self.tokenizer)
@@ -391,20 +400,28 @@ def _plain_parts(message: Mapping[str, Any]) -> dict[str, Any]:
     return {"role": message["role"], "content": content}
 
 
-def _official_settings(path: str, **hub: Any) -> dict[str, Any]:
-    """What an official checkpoint's ``config.json`` says of images and queries."""
+def _settings_of_config(path: str, **hub: Any) -> dict[str, Any]:
+    """What a checkpoint without processor files says of images and queries in ``config.json``, official or ours."""
     config = read_json(path, "config.json", **hub) or {}
-    tower = read_json(path, "vision_tower/config.json", **hub)
+    tower = config.get("vision_config") or read_json(path, "vision_tower/config.json", **hub)
     named = config.get("mm_vision_tower")
     if tower is None and isinstance(named, str) and os.path.isdir(named):
         tower = read_json(named, "config.json")
     tower = tower or {}
     tower = tower.get("vision_config", tower)
     side, patch = tower.get("image_size", 384), tower.get("patch_size", 14)
-    if not (isinstance(side, int) and isinstance(patch, int) and 0 < patch <= side):
-        raise ValueError(f"{path}: expected image_size and patch_size of the vision tower as ints, got {side}, {patch}")
-    regions = -(-(side // patch) // POOL_WINDOW)
+    window = config.get("pool_window", 3)
+    if not (all(isinstance(value, int) for value in (side, patch, window)) and 0 < patch <= side and window > 0):
+        raise ValueError(
+            f"{path}: expected image_size and patch_size of the vision tower, and pool_window, as positive ints, "
+            f"got {side}, {patch}, {window}"
+        )
+    regions = -(-(side // patch) // window)
     image: dict[str, Any] = {"image_size": side, "image_hd": bool(config.get("image_hd", False))}
     # "square" is also what the official code does for values it does not know, such as a missing one.
     image["image_aspect_ratio"] = "pad" if config.get("image_aspect_ratio") == "pad" else "square"
-    return {"image_processor": image, "tokens_per_tile": regions * regions}
+    return {
+        "image_processor": image,
+        "tokens_per_tile": regions * regions,
+        "num_queries": config.get("num_queries", 9),
+    }

@@ -423,6 +423,9 @@ def test_generation_prompt_and_continuation(processor: FlashSlothProcessor) -> N
 
 def test_another_template_may_be_given(processor: FlashSlothProcessor) -> None:
     assert processor.apply_chat_template([user("a")], "{{ messages[0].content[0].text + sign }}", sign="!") == "a!"
+    for name in ("sign", "temperature"):
+        with pytest.raises(TypeError, match=f"no template reads: {name}"):
+            processor.apply_chat_template([user("a")], **{name: 1})
 
 
 # -------------------------------------------------------------------- saving and loading
@@ -490,6 +493,10 @@ def test_the_official_layout(official_dir: Path, tmp_path: Path) -> None:
     (other / "vision_tower" / "config.json").rename(other / "named" / "config.json")
     (other / "config.json").write_text(json.dumps({"mm_vision_tower": str(other / "named")}))
     assert FlashSlothProcessor.from_pretrained(other).image_processor.image_size == 28
+    ours = {"vision_config": {"image_size": 60, "patch_size": 10}, "pool_window": 4, "num_queries": 5, "image_hd": True}
+    (other / "config.json").write_text(json.dumps(ours))
+    loaded = FlashSlothProcessor.from_pretrained(other)
+    assert (loaded.image_processor.image_size, loaded.num_image_tokens(), loaded.num_queries) == (60, 20, 5)
 
 
 def test_the_full_official_tokenizer(full_tokenizer: PreTrainedTokenizerBase) -> None:
@@ -518,7 +525,7 @@ def test_loading_errors(tmp_path: Path) -> None:
     folder = write_official(tmp_path / "a")
     (folder / "vision_tower").mkdir()
     (folder / "vision_tower" / "config.json").write_text('{"image_size": "big"}')
-    with pytest.raises(ValueError, match="image_size and patch_size of the vision tower as ints, got big, 14"):
+    with pytest.raises(ValueError, match="as positive ints, got big, 14, 3"):
         FlashSlothProcessor.from_pretrained(folder)
     for text, match in (("{", "expected a JSON object"), ("[]", "expected a JSON object, got list")):
         (folder / "config.json").write_text(text)
