@@ -54,15 +54,14 @@ class KeptTokens(NamedTuple):
 
 def flashsloth_mask(
     batch_size: int,
+    q_length: int,
     kv_length: int,
-    q_length: int | None = None,
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
     mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: Tensor | None = None,
     local_size: int | None = None,
-    cache_position: Tensor | None = None,
-    device: torch.device | str | None = None,
+    device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> KeptTokens | Tensor | None:
     """The mask of one forward pass: None where nothing is padded, else :class:`KeptTokens`.
@@ -70,25 +69,24 @@ def flashsloth_mask(
     ``attention_mask`` is bool ``(B, tokens)``; tokens it does not reach are dropped. A pattern that is neither
     causal nor full gives SDPA's mask, and a warning that SDPA will run.
     """
-    if cache_position is not None:  # transformers before 5.3 or so says it with a tensor
-        q_length, q_offset, device = cache_position.shape[0], cache_position[0], cache_position.device
-    assert q_length is not None
     plain = mask_function in (causal_mask_function, bidirectional_mask_function) and local_size is None
     if not plain or kv_offset:
         logger.warning_once(
             f"attn_implementation={ATTENTION!r}: expected causal or full attention without a window, got another "
             "pattern; SDPA runs instead"
         )
-        where: dict[str, Any] = {"q_length": q_length, "q_offset": q_offset, "device": device}
+        kwargs["allow_is_causal_skip"] = False
         return sdpa_mask(
             batch_size=batch_size,
+            q_length=q_length,
             kv_length=kv_length,
+            q_offset=q_offset,
             kv_offset=kv_offset,
             mask_function=mask_function,
             attention_mask=attention_mask,
             local_size=local_size,
-            **(where if cache_position is None else {"cache_position": cache_position}),
-            **{**kwargs, "allow_is_causal_skip": False},
+            device=device,
+            **kwargs,
         )
     causal = mask_function is causal_mask_function
     if attention_mask is None:
