@@ -25,6 +25,9 @@ from transformers.utils import logging
 from flashsloth_ops import TokenIndex, token_sparse_prefill
 
 ATTENTION = "flashsloth"
+# transformers takes every name with "flash" in it for the package flash-attn and tries to import that, so the functions
+# are registered under another, and our configuration translates. Other models of transformers use this one.
+REGISTERED_NAME = "token_sparse"
 logger = logging.get_logger(__name__)
 
 
@@ -150,7 +153,14 @@ def padding_for_cache(attention_mask: Tensor | None, past_key_values: Any) -> Te
     return nn.functional.pad(attention_mask, (0, length - attention_mask.shape[1]))
 
 
+def registered_name(implementation: Any) -> Any:
+    """What transformers is told for an ``attn_implementation``: a name, None, or a dict of them by part of a model."""
+    if isinstance(implementation, dict):
+        return {part: registered_name(name) for part, name in implementation.items()}
+    return REGISTERED_NAME if implementation == ATTENTION else implementation
+
+
 def register_attention() -> None:
-    """Make ``attn_implementation="flashsloth"`` known, with its mask function: without one there would be no mask."""
-    AttentionInterface.register(ATTENTION, flashsloth_attention)
-    AttentionMaskInterface.register(ATTENTION, flashsloth_mask)
+    """Register the attention and, since without one there would be no mask at all, its mask function."""
+    AttentionInterface.register(REGISTERED_NAME, flashsloth_attention)
+    AttentionMaskInterface.register(REGISTERED_NAME, flashsloth_mask)

@@ -7,6 +7,8 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
+from flashsloth.attention import registered_name
+
 # SigLIP so400m/14 at 384 pixels, the tower of every released checkpoint; here so that none needs the network.
 SIGLIP_SO400M: dict[str, Any] = {
     "model_type": "siglip_vision_model",
@@ -148,6 +150,14 @@ class FlashSlothConfig(PretrainedConfig):
         if is_official(config_dict):
             config_dict = convert_config(config_dict, kwargs.get("name_or_path"))
         return super().from_dict(config_dict, **kwargs)
+
+    @property
+    def _attn_implementation(self) -> Any:
+        return PretrainedConfig._attn_implementation.fget(self)  # type: ignore[attr-defined]
+
+    @_attn_implementation.setter
+    def _attn_implementation(self, value: Any) -> None:
+        PretrainedConfig._attn_implementation.fset(self, registered_name(value))  # type: ignore[attr-defined]
 
     def _check(self) -> None:
         vision, text = self.vision_config, self.text_config

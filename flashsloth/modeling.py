@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
+from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import ModelOutput
 
 from flashsloth import checkpoint
+from flashsloth.attention import REGISTERED_NAME, padding_for_cache, registered_name
 from flashsloth.config import FlashSlothConfig
 from flashsloth.context import ImageContext, QueryContext, image_rows, locate_queries, place_images, require
-from flashsloth.modules import EmbeddedQuery, LearnableTokens, Projector, SpatialAttentionPool
+from flashsloth.modules import EmbeddedQuery, LearnableTokens, PlainLinear, Projector, SpatialAttentionPool
 from flashsloth_ops import ImageState
 
 
@@ -69,12 +71,10 @@ class FlashSlothPreTrainedModel(PreTrainedModel):
         if isinstance(module, LearnableTokens):
             bound = module.token.shape[1] ** -0.5
             init.uniform_(module.token, -bound, bound)
-        elif isinstance(module, (SpatialAttentionPool, Projector)):
-            for linear in module.modules():
-                if isinstance(linear, nn.Linear):
-                    bound = linear.in_features**-0.5
-                    init.uniform_(linear.weight, -bound, bound)
-                    init.uniform_(linear.bias, -bound, bound)
+        elif isinstance(module, PlainLinear):
+            bound = module.in_features**-0.5
+            init.uniform_(module.weight, -bound, bound)
+            init.uniform_(module.bias, -bound, bound)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -87,6 +87,10 @@ class FlashSlothPreTrainedModel(PreTrainedModel):
             FileNotFoundError: a file of the checkpoint is not there.
         """
         return checkpoint.load(cls, super().from_pretrained, pretrained_model_name_or_path, *model_args, **kwargs)
+
+    def set_attn_implementation(self, attn_implementation: str | dict[str, str], *args: Any, **kwargs: Any) -> None:
+        """As in transformers, with ``"flashsloth"`` for our own attention."""
+        super().set_attn_implementation(registered_name(attn_implementation), *args, **kwargs)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:  # type: ignore[override]
         """Write our layout. Files appear in ``save_directory`` only once all of them have been written."""
@@ -362,10 +366,6 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, GenerationMi
 
     def create_masks_for_generate(self, *args: Any, **kwargs: Any) -> Any:
         """Masks ahead of compiled decoding; our attention takes the padding mask itself, filled to the cache."""
-        from transformers.masking_utils import create_masks_for_generate
-
-        from flashsloth.attention import ATTENTION, padding_for_cache
-
-        if self.config.text_config._attn_implementation == ATTENTION:
+        if self.config.text_config._attn_implementation == REGISTERED_NAME:
             return padding_for_cache(kwargs.get("attention_mask"), kwargs.get("past_key_values"))
         return create_masks_for_generate(*args, **kwargs)

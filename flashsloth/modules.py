@@ -9,6 +9,10 @@ from flashsloth.config import FlashSlothConfig
 from flashsloth_ops import EmbeddedQueryParams, ImageState, embedded_query_attention, spatial_attention_pool
 
 
+class PlainLinear(nn.Linear):
+    """A linear layer that starts as torch starts it; the others start from ``initializer_range``."""
+
+
 class SpatialAttentionPool(nn.Module):
     """Compress a grid of vision tokens by attention within windows (paper, section 3.2)."""
 
@@ -17,7 +21,7 @@ class SpatialAttentionPool(nn.Module):
         width = config.vision_config.hidden_size
         self.grid, self.window, self.dropout = config.vision_grid, config.pool_window, config.pool_dropout
         # Keys as in the released weights, where 1 and 2 are the activation and the dropout.
-        self.mlp = nn.ModuleDict({"0": nn.Linear(width, width), "3": nn.Linear(width, 1)})
+        self.mlp = nn.ModuleDict({"0": PlainLinear(width, width), "3": PlainLinear(width, 1)})
 
     def forward(self, features: Tensor) -> Tensor:
         """``(tiles, H*W, Di)`` -> ``(tiles, windows, Di)``."""
@@ -40,7 +44,7 @@ class Projector(nn.Sequential):
 
     def __init__(self, config: FlashSlothConfig) -> None:
         width = config.text_config.hidden_size
-        super().__init__(nn.Linear(config.vision_config.hidden_size, width), nn.GELU(), nn.Linear(width, width))
+        super().__init__(PlainLinear(config.vision_config.hidden_size, width), nn.GELU(), PlainLinear(width, width))
 
 
 class LearnableTokens(nn.Module):
