@@ -59,7 +59,7 @@ def flashsloth_mask(
     batch_size: int,
     q_length: int,
     kv_length: int,
-    q_offset: int | Tensor = 0,
+    q_offset: Any = 0,
     kv_offset: int = 0,
     mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: Tensor | None = None,
@@ -69,8 +69,8 @@ def flashsloth_mask(
 ) -> KeptTokens | Tensor | None:
     """The mask of one forward pass: None where nothing is padded, else :class:`KeptTokens`.
 
-    ``attention_mask`` is bool ``(B, tokens)``; tokens it does not reach are dropped. A pattern that is neither
-    causal nor full gives SDPA's mask, and a warning that SDPA will run.
+    ``attention_mask`` is bool ``(B, tokens)``; tokens it does not reach are dropped. ``q_offset`` is an int, or an int
+    tensor with a static cache. A pattern that is neither causal nor full gives SDPA's mask, and a warning.
     """
     plain = mask_function in (causal_mask_function, bidirectional_mask_function) and local_size is None
     if not plain or kv_offset:

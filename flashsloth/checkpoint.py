@@ -31,6 +31,7 @@ _RENAMES = (
     (r"^model\.(embed_tokens|layers|final_layernorm)\.", r"language_model.model.\1."),
     (r"^lm_head\.", "language_model.lm_head."),
 )
+_HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 _SHOWN = 12  # names an error lists before it only counts
 
 
@@ -60,8 +61,7 @@ def convert_config(config: Mapping[str, Any], directory: str | os.PathLike[str] 
     width = config.get("mm_hidden_size", vision["hidden_size"])
     if width != vision["hidden_size"]:
         raise ValueError(
-            f"config.json: mm_hidden_size: expected {vision['hidden_size']}, the width of the vision tower, "
-            f"got {width}"
+            f"config.json: mm_hidden_size: expected {vision['hidden_size']}, the width of the vision tower, got {width}"
         )
     known = set(PhiConfig().to_dict()) | {"rope_theta", "rope_scaling", "partial_rotary_factor"}
     skipped = {"model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path"}
@@ -148,17 +148,25 @@ def load(
     directory = _official_directory(path, kwargs)
     if directory is not None:
         return _load_official(cls, from_pretrained, directory, *args, **kwargs)
-    if os.path.isdir(path) and not kwargs.get("subfolder"):
-        _shards(Path(path), kwargs.get("variant"))
-    with_info = kwargs.pop("output_loading_info", False)
-    model, info = from_pretrained(path, *args, output_loading_info=True, **kwargs)
-    _report(path, info["missing_keys"], info["unexpected_keys"])
+    if os.path.isdir(path):
+        read_tensors(Path(path) / kwargs.get("subfolder", ""), kwargs.get("variant"))  # maps the files, to check them
+    with_info, ignore = kwargs.pop("output_loading_info", False), kwargs.pop("ignore_mismatched_sizes", False)
+    # transformers raises without saying which shapes differ, so it is told to go on and its findings are read.
+    model, info = from_pretrained(path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+    _report_names(path, info["missing_keys"], info["unexpected_keys"])
+    if not ignore:
+        _report_shapes(path, {name: (expected, got) for name, got, expected in info["mismatched_keys"]})
     return (model, info) if with_info else model
 
 
 def _official_directory(path: str | os.PathLike[str], kwargs: Mapping[str, Any]) -> Path | None:
     """The local directory of an official checkpoint, fetched where ``path`` is a hub id; None for our layout."""
-    hub = {k: kwargs[k] for k in ("cache_dir", "force_download", "local_files_only", "token", "revision") if k in kwargs}
+    if not os.path.isdir(path) and (os.path.isabs(path) or str(path).startswith(".") or str(path).count("/") > 1):
+        raise FileNotFoundError(f"{path}: expected a directory with config.json, or a hub id, got neither")
+    file = Path(path, kwargs.get("subfolder", ""), "config.json")
+    if os.path.isdir(path) and not file.is_file():
+        raise FileNotFoundError(f"{path}: expected a checkpoint with config.json, got none")
+    hub = {name: kwargs[name] for name in _HUB if name in kwargs}
     raw, _ = PretrainedConfig.get_config_dict(path, subfolder=kwargs.get("subfolder", ""), **hub)
     if not is_official(raw):
         return None
@@ -173,7 +181,7 @@ def _official_directory(path: str | os.PathLike[str], kwargs: Mapping[str, Any])
 def _load_official(
     cls: type[PreTrainedModel], from_pretrained: Callable[..., Any], directory: Path, *args: Any, **kwargs: Any
 ) -> Any:
-    for name in ("subfolder", "cache_dir", "force_download", "local_files_only", "token", "revision"):
+    for name in ("subfolder", *_HUB):
         kwargs.pop(name, None)
     config = kwargs.pop("config", None)
     if not isinstance(config, FlashSlothConfig):
@@ -200,17 +208,11 @@ def _check_names_and_shapes(
     with torch.device("meta"):
         expected = {official_name(name): t.shape for name, t in cls(config).state_dict().items()}
     got = {official_name(name): tensor.shape for name, tensor in tensors.items()}
-    _report(directory, expected.keys() - got.keys(), got.keys() - expected.keys())
-    wrong = [
-        f"{name}: expected {tuple(shape)}, got {tuple(got[name])}"
-        for name, shape in expected.items()
-        if got[name] != shape
-    ]
-    if wrong:
-        raise ValueError(f"{directory}: wrong shapes: {_listed(wrong)}")
+    _report_names(directory, expected.keys() - got.keys(), got.keys() - expected.keys())
+    _report_shapes(directory, {name: (shape, got[name]) for name, shape in expected.items() if got[name] != shape})
 
 
-def _report(path: str | os.PathLike[str], missing: Iterable[str], unexpected: Iterable[str]) -> None:
+def _report_names(path: str | os.PathLike[str], missing: Iterable[str], unexpected: Iterable[str]) -> None:
     found = [
         f"{kind} names: {_listed(sorted(names))}"
         for kind, names in (("missing", list(missing)), ("unexpected", list(unexpected)))
@@ -218,6 +220,12 @@ def _report(path: str | os.PathLike[str], missing: Iterable[str], unexpected: It
     ]
     if found:
         raise ValueError(f"{path}: expected exactly the parameters of the model, got {'; '.join(found)}")
+
+
+def _report_shapes(path: str | os.PathLike[str], wrong: Mapping[str, tuple[Any, Any]]) -> None:
+    if wrong:
+        lines = [f"{name}: expected {tuple(want)}, got {tuple(got)}" for name, (want, got) in sorted(wrong.items())]
+        raise ValueError(f"{path}: wrong shapes: {_listed(lines)}")
 
 
 def _listed(items: list[str]) -> str:
@@ -253,9 +261,9 @@ def _shards(directory: Path, variant: str | None = None) -> tuple[list[Path], di
     )
 
 
-def read_tensors(directory: Path) -> dict[str, Tensor]:
+def read_tensors(directory: Path, variant: str | None = None) -> dict[str, Tensor]:
     """Every tensor of a checkpoint, mapped from its files where the format allows it."""
-    files, index = _shards(directory)
+    files, index = _shards(directory, variant)
     tensors: dict[str, Tensor] = {}
     for file in files:
         read = _read_safetensors(file) if file.suffix == ".safetensors" else _read_bin(file)
@@ -272,9 +280,10 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
 def _read_safetensors(file: Path) -> dict[str, Tensor]:
     try:
         with safe_open(str(file), framework="pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}
+            names = list(opened.keys())
+            return {name: opened.get_tensor(name) for name in names}
     except SafetensorError as error:
-        raise ValueError(f"{file}: expected a complete safetensors file, got one that does not read: {error}") from error
+        raise ValueError(f"{file}: expected a complete safetensors file, got one that fails: {error}") from error
 
 
 def _read_bin(file: Path) -> dict[str, Tensor]:
@@ -289,7 +298,7 @@ def _read_bin(file: Path) -> dict[str, Tensor]:
             f"({str(error).splitlines()[0]})"
         ) from error
     except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{file}: expected a complete torch file, got one that does not read: {error}") from error
+        raise ValueError(f"{file}: expected a complete torch file, got one that fails: {error}") from error
     if not isinstance(loaded, dict) or not all(isinstance(t, Tensor) for t in loaded.values()):
         raise ValueError(f"{file}: expected a dict of names to tensors, got {type(loaded).__name__}")
     return loaded

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
@@ -58,8 +58,8 @@ class FlashSlothConfig(PretrainedConfig):
     """
 
     model_type = "flashsloth"
-    sub_configs = {"vision_config": AutoConfig, "text_config": AutoConfig}
-    keys_to_ignore_at_inference = ["past_key_values", "image_context"]
+    sub_configs: ClassVar[dict[str, Any]] = {"vision_config": AutoConfig, "text_config": AutoConfig}
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "image_context"]
 
     def __init__(
         self,
@@ -102,7 +102,8 @@ class FlashSlothConfig(PretrainedConfig):
         self.initializer_range = initializer_range
         self._check()
         kwargs.setdefault("tie_word_embeddings", getattr(self.text_config, "tie_word_embeddings", False))
-        super().__init__(eos_token_id=eos_token_id, pad_token_id=pad_token_id, **kwargs)
+        kwargs.update(eos_token_id=eos_token_id, pad_token_id=pad_token_id)
+        super().__init__(**kwargs)
 
     @property
     def vision_grid(self) -> tuple[int, int]:

@@ -96,8 +96,7 @@ def place_images(embeds: Tensor, input_ids: Tensor, image_token_id: int, images:
         fits = fits | (count == 0)
     require(
         fits.all(),
-        f"input_ids: expected {visual} image tokens (id {image_token_id}) in each row with an image and none in "
-        "others",
+        f"input_ids: expected {visual} image tokens (id {image_token_id}) in each row with an image and none in others",
         count,
     )
     rank = (is_image.cumsum(1) - 1).clamp(0, visual - 1)

@@ -54,10 +54,10 @@ class _EmbeddedQueries(NamedTuple):
 class FlashSlothPreTrainedModel(PreTrainedModel):
     config: FlashSlothConfig
     config_class = FlashSlothConfig
-    input_modalities = ("image", "text")
+    input_modalities: Any = ("image", "text")
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values", "image_context"]
+    _skip_keys_device_placement: Any = ["past_key_values", "image_context"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -77,7 +77,7 @@ class FlashSlothPreTrainedModel(PreTrainedModel):
             init.uniform_(module.bias, -bound, bound)
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]
+    def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str] | None, *model_args: Any, **kwargs: Any
     ) -> Any:
         """Load our layout or the official one, from a directory or the hub, and fail on any name that does not fit.
@@ -300,9 +300,7 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, GenerationMi
             raise ValueError(f"question_spans: expected ({batch}, groups, 2), got {tuple(question_spans.shape)}")
         if question_spans.is_floating_point() or question_spans.dtype == torch.bool:
             raise TypeError(f"question_spans: expected an integer tensor, got {question_spans.dtype}")
-        where = locate_queries(
-            input_ids, question_spans.long(), past, config.learnable_token_id, config.num_queries
-        )
+        where = locate_queries(input_ids, question_spans.long(), past, config.learnable_token_id, config.num_queries)
         offset = embed(input_ids.new_full((1,), config.query_offset_token_id))
         queries = (self.learnable_tokens.token + offset).to(embeds.dtype)
         queries = queries.index_select(0, (where.slot % config.num_queries).flatten()).view_as(embeds)
@@ -336,7 +334,8 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, GenerationMi
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As in transformers; images and questions go with the prompt, not with each token after it."""
-        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        parent: Any = super()
+        inputs: dict[str, Any] = parent.prepare_inputs_for_generation(input_ids, *args, **kwargs)
         prompt = kwargs.get("is_first_iteration", False) or not kwargs.get("use_cache", True)
         if not prompt:
             for name in ("pixel_values", "image_context", "question_spans"):
@@ -360,7 +359,8 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, GenerationMi
         context = model_kwargs.get("image_context")
         if context is not None:
             model_kwargs["image_context"] = context.expand(expand_size)
-        return super()._expand_inputs_for_generation(
+        parent: Any = super()
+        return parent._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -25,18 +27,18 @@ class SpatialAttentionPool(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """``(tiles, H*W, Di)`` -> ``(tiles, windows, Di)``."""
-        hidden, score = self.mlp["0"], self.mlp["3"]
-        return spatial_attention_pool(
+        hidden, score = (self.mlp[key] for key in ("0", "3"))
+        weights: Any = (hidden.weight, hidden.bias, score.weight, score.bias)
+        pooled = spatial_attention_pool(
             features,
-            hidden.weight,
-            hidden.bias,
-            score.weight,
-            score.bias,
+            *weights,
             grid=self.grid,
             window=self.window,
             dropout_p=self.dropout,
             training=self.training,
         )
+        assert isinstance(pooled, Tensor)
+        return pooled
 
 
 class Projector(nn.Sequential):

@@ -13,7 +13,14 @@ from flashsloth.attention import KeptTokens, flashsloth_attention, flashsloth_ma
 from tests.model.support import IMAGE, PHI, QWEN2, VISION, VISUAL, Row, batch, small_config, small_model
 
 ROWS = [Row(4, seed=1), Row(6, 2, seed=2), Row(5, image=False, seed=3)]
-TOWER = {**VISION, "hidden_size": 40, "num_attention_heads": 4, "image_size": 28, "patch_size": 4, "num_hidden_layers": 2}
+TOWER = {
+    **VISION,
+    "hidden_size": 40,
+    "num_attention_heads": 4,
+    "image_size": 28,
+    "patch_size": 4,
+    "num_hidden_layers": 2,
+}
 
 
 @pytest.mark.parametrize("text", [PHI, QWEN2], ids=["phi", "qwen2"])
