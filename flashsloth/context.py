@@ -105,6 +105,12 @@ def place_images(embeds: Tensor, input_ids: Tensor, image_token_id: int, images:
     return torch.where(is_image[..., None], tokens.to(embeds.dtype), embeds)
 
 
+def image_seen(input_ids: Tensor, image_token_id: int, row_image: Tensor) -> Tensor:
+    """bool ``(B, L)``: has the row's image come before a position? A cached image has; a row without one never."""
+    is_image = input_ids == image_token_id
+    return (row_image >= 0)[:, None] & ((is_image.cumsum(1) > 0) | ~is_image.any(1, keepdim=True))
+
+
 def locate_queries(
     input_ids: Tensor, question_spans: Tensor, past: int | Tensor, learnable_token_id: int, num_queries: int
 ) -> QueryContext:

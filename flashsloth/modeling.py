@@ -21,7 +21,15 @@ from transformers.utils import ModelOutput
 from flashsloth import checkpoint
 from flashsloth.attention import REGISTERED_NAME, padding_for_cache, registered_name
 from flashsloth.config import FlashSlothConfig
-from flashsloth.context import ImageContext, QueryContext, image_rows, locate_queries, place_images, require
+from flashsloth.context import (
+    ImageContext,
+    QueryContext,
+    image_rows,
+    image_seen,
+    locate_queries,
+    place_images,
+    require,
+)
 from flashsloth.modules import EmbeddedQuery, LearnableTokens, PlainLinear, Projector, SpatialAttentionPool
 from flashsloth_ops import ImageState
 
@@ -57,7 +65,7 @@ class FlashSlothPreTrainedModel(PreTrainedModel):
     input_modalities: Any = ("image", "text")
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement: Any = ["past_key_values", "image_context"]
+    _skip_keys_device_placement: Any = ["past_key_values", "image_context"]  # noqa: RUF012, as transformers has it
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -221,7 +229,7 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, GenerationMi
             inputs_embeds, where = self._embed(input_ids, image_context, question_spans, past, first)
             if where is not None and image_context is not None and where.positions.shape[1]:
                 image, state = image_context.per_row()
-                replace = where.is_query & (image_context.row_image >= 0)[:, None]
+                replace = where.is_query & image_seen(input_ids, self.config.image_token_id, image_context.row_image)
                 queries = _EmbeddedQueries(where, replace, image, state, [])
                 kwargs["embedded_queries"] = queries
 

@@ -82,15 +82,21 @@ def images(count: int, tiles: int = 1, seed: int = 0) -> Tensor:
 
 
 class Row:
-    """A conversation: what precedes the image, the image or none, then questions, each with the answer given."""
+    """A conversation: what precedes the image, the image or none, then questions, each with the answer given.
 
-    def __init__(self, *questions: int, image: bool = True, answer: int = 5, seed: int = 0, tiles: int = 1) -> None:
-        self.ids = words(3, seed) + [IMAGE] * (VISUAL * tiles if image else 0)
+    ``turn`` is the turn the image is shown in.
+    """
+
+    def __init__(
+        self, *questions: int, image: bool = True, answer: int = 5, seed: int = 0, tiles: int = 1, turn: int = 0
+    ) -> None:
+        shown = [IMAGE] * (VISUAL * tiles if image else 0)
+        self.ids = words(3, seed) + (shown if turn == 0 else [])
         self.image = image
         self.spans: list[tuple[int, int]] = []
         for number, question in enumerate(questions):
             if number:
-                self.ids += words(answer, seed + 50 + number)
+                self.ids += words(answer, seed + 50 + number) + (shown if turn == number else [])
             self.spans.append((len(self.ids), len(self.ids) + question))
             self.ids += words(question, seed + 100 + number) + [LEARNABLE] * QUERIES
         self.ids += words(2, seed + 200)

@@ -178,3 +178,56 @@ def test_bad_batches_are_refused_by_name(model: FlashSlothForConditionalGenerati
     refused(ValueError, f"input_ids: expected {VISUAL} image tokens", input_ids=twice)
     with torch.no_grad():
         assert model(**good).logits.isfinite().all()
+
+
+def test_an_image_changes_nothing_before_it_is_shown(model: FlashSlothForConditionalGeneration) -> None:
+    row, blind = Row(4, 6, seed=1, turn=1), Row(4, 6, seed=1, image=False)
+    shown = row.ids.index(IMAGE)
+    with torch.no_grad():
+        got, without = model(**batch([row])).logits[0], model(**batch([blind])).logits[0]
+    assert (got[:shown] - without[:shown]).abs().max() < TOLERANCE
+    assert (got[-2:] - without[-2:]).abs().max() > 1e-3
+
+
+def test_groups_may_be_none(model: FlashSlothForConditionalGeneration) -> None:
+    inputs = batch([Row(seed=1), Row(image=False, seed=2)])
+    assert inputs["question_spans"].shape == (2, 0, 2)
+    with torch.no_grad():
+        got = model(**inputs).logits
+        inputs.pop("question_spans")
+        assert torch.equal(got, model(**inputs).logits)
+
+
+def test_tuples_and_embeddings(model: FlashSlothForConditionalGeneration) -> None:
+    inputs = batch([Row(4, seed=1)])
+    with torch.no_grad():
+        out = model(**inputs, labels=inputs["input_ids"])
+        loss, logits, *_ = model(**inputs, labels=inputs["input_ids"], return_dict=False)
+        assert torch.equal(loss, out.loss)
+        assert torch.equal(logits, out.logits)
+        ids = torch.tensor([words(6, 0)])
+        embeds = model.get_input_embeddings()(ids)
+        assert torch.equal(model(inputs_embeds=embeds).logits, model(ids).logits)
+    want = torch.nn.functional.cross_entropy(out.logits[0, :-1].double(), inputs["input_ids"][0, 1:])
+    assert abs(out.loss.item() - want.item()) < 1e-5
+
+
+def test_no_value_of_a_tensor_is_read_on_the_way() -> None:
+    """On the meta device tensors have no values: whatever waited for a GPU would fail here."""
+    model = small_model(attn_implementation="flashsloth").to("meta")
+    inputs = {name: tensor.to("meta") for name, tensor in batch(ROWS, "left").items()}
+    out = model(**inputs, labels=inputs["input_ids"], use_cache=False)
+    assert out.logits.shape == (*inputs["input_ids"].shape, 96)
+    out.loss.backward()
+    assert model.embedded_query.up_projector.weight.grad is not None
+    with torch.no_grad():
+        first = model(**inputs, use_cache=True)
+        length = inputs["input_ids"].shape[1]
+        second = model(
+            inputs["input_ids"][:, -9:],
+            attention_mask=torch.ones(6, length + 9, dtype=torch.long, device="meta"),
+            question_spans=inputs["question_spans"] + length,
+            past_key_values=first.past_key_values,
+            image_context=first.image_context,
+        )
+    assert second.logits.shape == (6, 9, 96)

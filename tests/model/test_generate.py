@@ -13,7 +13,7 @@ from transformers import DynamicCache, StaticCache
 from transformers.generation.streamers import BaseStreamer
 
 from flashsloth import FlashSlothForConditionalGeneration
-from tests.model.support import PHI, QWEN2, Row, batch, small_model
+from tests.model.support import PHI, QWEN2, VISUAL, Row, batch, small_model
 
 ROWS = [Row(4, seed=1), Row(6, 0, 3, seed=2), Row(5, 2, image=False, seed=3), Row(3, seed=6)]
 GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
@@ -117,14 +117,15 @@ def two_turns(row: Row, seed: int = 0) -> tuple[dict[str, Tensor], int]:
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_a_cached_second_turn_equals_the_whole_conversation(attention: str, kind: str) -> None:
     model = small_model(attn_implementation=attention)
-    rows = [Row(4, 6, seed=1), Row(4, 6, seed=1, image=False)]
+    rows = [Row(4, 6, seed=1), Row(4, 6, seed=1, image=False), Row(4, 6, seed=1, turn=1)]
     for row in rows:
         inputs, cut = two_turns(row)
+        cut -= VISUAL if row is rows[2] else 0
         with torch.no_grad():
             want = model(**inputs, use_cache=False).logits[0]
             length = inputs["input_ids"].shape[1]
             cache: Any = DynamicCache() if kind == "dynamic" else StaticCache(model.language_model.config, length + 7)
-            context = model.get_image_context(inputs["pixel_values"]) if row.image else None
+            context = model.get_image_context(inputs["pixel_values"]) if row is rows[0] else None
             first = model(
                 inputs["input_ids"][:, :cut],
                 question_spans=inputs["question_spans"][:, :1],
@@ -140,6 +141,7 @@ def test_a_cached_second_turn_equals_the_whole_conversation(attention: str, kind
                     question_spans=spans,
                     past_key_values=past,
                     image_context=first.image_context,
+                    pixel_values=inputs["pixel_values"] if row is rows[2] else None,
                 )
                 assert (second.logits[0] - want[cut:]).abs().max() < 2e-5
             assert (first.logits[0] - want[:cut]).abs().max() < 2e-5
