@@ -337,7 +337,7 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, GenerationMi
         )
         updated = updated.reshape(batch, -1, width)
         updated = updated.gather(1, where.slot[..., None].expand(-1, -1, width))
-        hidden = torch.where(queries.replace[..., None], updated, hidden)
+        hidden = torch.where(queries.replace[..., None], updated.to(hidden.dtype), hidden)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:

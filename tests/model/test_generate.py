@@ -288,3 +288,19 @@ def test_bfloat16_stays_close_to_fp32(model: FlashSlothForConditionalGeneration)
     assert got.dtype == torch.bfloat16
     assert (got.float() - want).norm() < 0.05 * want.norm()
     assert half.generate(**inputs, **GREEDY).shape == (4, inputs["input_ids"].shape[1] + 6)
+
+
+def test_autocast_learns_like_fp32() -> None:
+    inputs = batch(ROWS)
+    labels = torch.where(inputs["attention_mask"].bool(), inputs["input_ids"], -100)
+
+    def gradients(narrow: bool) -> tuple[float, Tensor]:
+        model = small_model()
+        with torch.autocast("cpu", torch.bfloat16, enabled=narrow):
+            loss = model(**inputs, labels=labels, use_cache=False).loss
+        loss.backward()
+        return loss.item(), model.embedded_query.up_projector.weight.grad
+
+    (want, exact), (got, rough) = gradients(False), gradients(True)
+    assert abs(got - want) < 0.02 * want
+    assert (rough - exact).norm() < 0.1 * exact.norm()
