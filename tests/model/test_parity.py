@@ -155,13 +155,25 @@ def test_vision_features_and_pooling_match(model: FlashSlothForConditionalGenera
     assert_within(context.tokens.reshape(want.shape), want, 1e-5, "visual_tokens")
 
 
+def units_at_a_kink(pool: Any, features: Tensor) -> Tensor:
+    """Hidden units of the pooling that are zero to within fp32 rounding for some token: ReLU has no derivative."""
+    layer = pool.mlp["0"]
+    exact = features.double().flatten(0, -2) @ layer.weight.double().T + layer.bias.double()
+    return (exact.abs() < 2.0**-21 * exact.abs().mean()).any(0).detach()
+
+
 def test_loss_and_gradients_match_the_official_code(official: Path) -> None:
     case = Case("model_b_train")
     meta, io = case.golden.meta, case.golden.io
     model = FlashSlothForConditionalGeneration.from_pretrained(official)
+    kinks: list[Tensor] = []
+    model.pooling.register_forward_hook(lambda pool, inputs, _: kinks.append(units_at_a_kink(pool, inputs[0])))
     out = model(**case.inputs, use_cache=False)
     assert abs(out.loss.item() - io["loss"].item()) <= 2e-5
     out.loss.backward()
+    # Which side of a kink rounding falls on differs between matrix products; there may be a few such units.
+    assert kinks[0].sum() <= 3
+    skip = {"weight": kinks[0][:, None], "bias": kinks[0]}
 
     gradients = {official_name(name): p.grad for name, p in model.named_parameters()}
     stored = {key.removeprefix("grad.") for key in (*meta["subsampled"], *io) if key.startswith("grad.")}
@@ -170,7 +182,8 @@ def test_loss_and_gradients_match_the_official_code(official: Path) -> None:
     for name in sorted(stored):
         gradient = gradients[name]
         assert gradient is not None, name
-        case.golden.check(f"grad.{name}", gradient, 2e-5)
+        first_layer = name.startswith("model.pooling.mlp.0.")
+        case.golden.check(f"grad.{name}", gradient, 2e-5, skip[name.rsplit(".", 1)[1]] if first_layer else None)
     embeddings = gradients["model.embed_tokens.weight"]
     assert embeddings is not None
     assert_within(embeddings[764], io["grad.embed_row_764"].flatten(), 2e-5, "embed_row_764")
