@@ -162,6 +162,22 @@ def locate_queries(
     )
 
 
+def check_questions(input_ids: Tensor, where: QueryContext, placeholders: tuple[int, ...]) -> None:
+    """A question is text: spans that reach into an image or into queries were made for other ids or another padding
+    (transformers' pipelines pad ids on the left and leave spans as they were)."""
+    if not where.text_index.numel():
+        return
+    width = where.text_index.numel() // where.text_lengths.numel()
+    inside = torch.arange(width, device=input_ids.device) < where.text_lengths[:, None]
+    ids = input_ids.gather(1, where.text_index).view_as(inside)
+    text = torch.stack([ids != placeholder for placeholder in placeholders]).all(0)
+    require(
+        (text | ~inside).all(),
+        f"question_spans: expected questions without image or query placeholders (ids {placeholders}); "
+        "do the spans count the padding of input_ids?",
+    )
+
+
 def _text_bound(question_spans: Tensor, length: int) -> int:
     """Upper bound of the questions' lengths: exact where reading the spans waits for no device, else ``length``."""
     if question_spans.device.type != "cpu" or torch.compiler.is_compiling() or not question_spans.numel():

@@ -178,7 +178,7 @@ def load_rgb(source: Any, name: str = "image") -> Image.Image:
 
 def _open(source: str | os.PathLike[str], name: str) -> Image.Image:
     text = os.fspath(source)
-    shown = text if len(text) <= 80 else text[:77] + "..."
+    shown = text if len(text) <= 80 else text[:28] + "..." + text[-49:]  # the end of a path is what tells
     try:
         if text.startswith(("http://", "https://")):
             return download_image(text)

@@ -24,6 +24,7 @@ from flashsloth.config import FlashSlothConfig
 from flashsloth.context import (
     ImageContext,
     QueryContext,
+    check_questions,
     image_rows,
     image_seen,
     locate_queries,
@@ -309,6 +310,7 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, GenerationMi
         if question_spans.is_floating_point() or question_spans.dtype == torch.bool:
             raise TypeError(f"question_spans: expected an integer tensor, got {question_spans.dtype}")
         where = locate_queries(input_ids, question_spans.long(), past, config.learnable_token_id, config.num_queries)
+        check_questions(input_ids, where, (config.image_token_id, config.learnable_token_id))
         offset = embed(input_ids.new_full((1,), config.query_offset_token_id))
         queries = (self.learnable_tokens.token + offset).to(embeds.dtype)
         queries = queries.index_select(0, (where.slot % config.num_queries).flatten()).view_as(embeds)

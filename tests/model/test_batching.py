@@ -162,6 +162,7 @@ def test_bad_batches_are_refused_by_name(model: FlashSlothForConditionalGenerati
     fewer = torch.where(good["input_ids"] == LEARNABLE, 9, good["input_ids"])
     refused(ValueError, f"input_ids: expected {QUERIES} learnable tokens", input_ids=fewer)
     refused(ValueError, f"input_ids: expected {QUERIES} learnable tokens", question_spans=torch.full((2, 1, 2), -1))
+    refused(ValueError, "question_spans: expected questions without image", question_spans=good["question_spans"] - 2)
     refused(ValueError, "question_spans: expected each question", question_spans=good["question_spans"] + 100)
     refused(ValueError, r"question_spans: expected \(2, groups, 2\)", question_spans=good["question_spans"][0])
     refused(TypeError, "question_spans: expected an integer", question_spans=good["question_spans"].float())
