@@ -132,3 +132,26 @@ def test_with_a_broken_extension(copy: Path) -> None:
     result = python(POOL, path=copy)
     assert result.returncode == 0, result.stderr
     assert float(result.stdout) == 4.0
+
+
+@needs_extension
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_kernels_use_the_threads_of_torch() -> None:
+    """One OpenMP runtime and one pool: the ops start no thread that a matrix product of torch has not."""
+    code = """
+import os, re, torch
+torch.set_num_threads(3)
+a = torch.randn(512, 512); a @ a
+x = torch.randn(1, 729, 256, requires_grad=True)
+torch.nn.functional.linear(x, torch.randn(256, 256)).sum().backward()
+before = len(os.listdir('/proc/self/task'))
+import flashsloth_ops as f
+w = [torch.randn(256, 256), torch.randn(256), torch.randn(256), torch.randn(1)]
+f.spatial_attention_pool(x, *w, grid=(27, 27)).sum().backward()
+after = len(os.listdir('/proc/self/task'))
+runtimes = set(re.findall(r'\\S*lib[gi]omp\\S*', open('/proc/self/maps').read()))
+print(after - before, len(runtimes))
+"""
+    result = python(code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == ["0", "1"]
