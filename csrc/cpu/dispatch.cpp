@@ -1,5 +1,6 @@
 // Picks the copy of each kernel that was compiled for the instruction set in use (see isa.h).
 #include "isa.h"
+#include "sparse_prefill.h"
 #include "spatial_pool.h"
 
 #if defined(__x86_64__)
@@ -31,4 +32,6 @@
 namespace flashsloth::cpu {
 FLASHSLOTH_DISPATCH(spatial_pool_forward, SpatialPoolForward)
 FLASHSLOTH_DISPATCH(spatial_pool_backward, SpatialPoolBackward)
+FLASHSLOTH_DISPATCH(sparse_prefill_forward, SparsePrefillForward)
+FLASHSLOTH_DISPATCH(sparse_prefill_backward, SparsePrefillBackward)
 }  // namespace flashsloth::cpu

@@ -56,6 +56,7 @@ class Scratch {
     used_ += padded<T>(count);
     return taken;
   }
+  void rewind() { used_ = 0; }  // what was taken is free again
   template <class T>
   static constexpr size_t padded(int64_t count) {
     return (static_cast<size_t>(count) * sizeof(T) + 63) / 64 * 64;
