@@ -131,7 +131,7 @@ def _check_indices(q: Tensor, k: Tensor, q_index: TokenIndex | None, k_index: To
                     f"{name}: expected a TokenIndex of {sequences} sequences as the other has, got None (one sequence)"
                 )
         elif name != "k_index" or not same:
-            one.check(name, tensor.device, sequences, tensor.shape[0 if packed else 2], packed=packed)
+            one.validate(name, tensor.device, sequences, tensor.shape[0 if packed else 2], packed=packed)
 
 
 def _check_importance_rows(q: Tensor, rows: Tensor) -> Tensor:
