@@ -15,13 +15,27 @@ constexpr int64_t kQueryTile = 64;   // tall enough for the matrix product to re
 constexpr int64_t kQueryBlock = 512;  // queries that share a gathered key tile; their accumulators stay in L2
 int64_t key_tile_length(int64_t dim) { return dim <= 128 ? 512 : 256; }  // keys and values of a tile stay in L2
 
+// The largest of some values and `highest`. By hand in lanes, because compilers vectorise a maximum only where they may
+// ignore NaN. A NaN is passed over here and comes back in the sum.
+template <class A>
+A maximum(const A* value, int64_t count, A highest) {
+  constexpr int64_t kLanes = 32;
+  A lane[kLanes];
+  std::fill_n(lane, kLanes, highest);
+  int64_t j = 0;
+  for (; j + kLanes <= count; j += kLanes)
+    for (int64_t l = 0; l < kLanes; ++l) lane[l] = value[j + l] > lane[l] ? value[j + l] : lane[l];
+  for (; j < count; ++j) lane[0] = value[j] > lane[0] ? value[j] : lane[0];
+  for (int64_t half = kLanes / 2; half > 0; half /= 2)
+    for (int64_t l = 0; l < half; ++l) lane[l] = lane[l + half] > lane[l] ? lane[l + half] : lane[l];
+  return lane[0];
+}
+
 // Scores of one query to its probabilities, in place, relative to the running peak. Returns what earlier sums scale by.
 template <class A>
 A softmax_row(A* score, int64_t visible, int64_t count, A& peak, A& total) {
   if (visible > 0) {
-    A highest = peak;
-#pragma omp simd reduction(max : highest)
-    for (int64_t j = 0; j < visible; ++j) highest = std::max(highest, score[j]);
+    const A highest = maximum(score, visible, peak);
     A sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t j = 0; j < visible; ++j) {
