@@ -282,8 +282,9 @@ cpu::AttentionShape attention_shape(const Tensor& q, const Tensor& k, const Tens
   require(fits, "sparse_prefill: q, k and v do not fit each other");
   require(k.size(1) > 0 ? q.size(1) % k.size(1) == 0 : q.size(1) == 0, "sparse_prefill: key heads must divide heads");
   const int64_t sequences = packed ? q_index.sequences(k_index.sequences(1)) : q.size(0);
-  require(q_index.sequences(packed ? 1 : sequences) == sequences && k_index.sequences(packed ? 1 : sequences) == sequences,
-          "sparse_prefill: the indices do not have the sequences of q and k");
+  require(
+      q_index.sequences(packed ? 1 : sequences) == sequences && k_index.sequences(packed ? 1 : sequences) == sequences,
+      "sparse_prefill: the indices do not have the sequences of q and k");
   cpu::AttentionShape shape{};
   shape.dtype = dtype_of(q, "sparse_prefill");
   require(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(),
@@ -305,10 +306,12 @@ cpu::AttentionShape attention_shape(const Tensor& q, const Tensor& k, const Tens
   return shape;
 }
 
-std::tuple<Tensor, Tensor, Tensor> sparse_prefill(
-    Tensor q_, Tensor k_, Tensor v_, std::optional<Tensor> q_indices, std::optional<Tensor> q_cu_seqlens,
-    std::optional<Tensor> q_positions, int64_t, std::optional<Tensor> k_indices, std::optional<Tensor> k_cu_seqlens,
-    std::optional<Tensor> k_positions, int64_t, bool causal, double scale, std::optional<Tensor> importance_rows) {
+std::tuple<Tensor, Tensor, Tensor> sparse_prefill(Tensor q_, Tensor k_, Tensor v_, std::optional<Tensor> q_indices,
+                                                  std::optional<Tensor> q_cu_seqlens, std::optional<Tensor> q_positions,
+                                                  int64_t, std::optional<Tensor> k_indices,
+                                                  std::optional<Tensor> k_cu_seqlens, std::optional<Tensor> k_positions,
+                                                  int64_t, bool causal, double scale,
+                                                  std::optional<Tensor> importance_rows) {
   const Tensor q = rows_of(q_), k = rows_of(k_), v = rows_of(v_);
   const PrefillIndex q_index(q_indices, q_cu_seqlens, q_positions), k_index(k_indices, k_cu_seqlens, k_positions);
   cpu::SparsePrefillForward args{};
@@ -317,9 +320,9 @@ std::tuple<Tensor, Tensor, Tensor> sparse_prefill(
 
   Tensor out = empty_token_major(q);
   const ScalarType statistics = wide(q.scalar_type());
-  Tensor lse = empty(packed ? std::vector<int64_t>{q.size(0), q.size(1)}
-                            : std::vector<int64_t>{q.size(0), q.size(1), q.size(2)},
-                     statistics);
+  Tensor lse =
+      empty(packed ? std::vector<int64_t>{q.size(0), q.size(1)} : std::vector<int64_t>{q.size(0), q.size(1), q.size(2)},
+            statistics);
   Tensor importance = empty(!importance_rows ? std::vector<int64_t>{0}
                             : packed         ? std::vector<int64_t>{k.size(0)}
                                              : std::vector<int64_t>{k.size(0), k.size(2)},

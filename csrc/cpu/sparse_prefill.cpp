@@ -11,10 +11,7 @@
 namespace flashsloth::cpu::FLASHSLOTH_ISA {
 namespace {
 
-constexpr int64_t kQueryTile = 64;   // tall enough for the matrix product to reach its speed; a causal tile wastes half
 constexpr int64_t kQueryBlock = 512;  // queries that share a gathered key tile; their accumulators stay in L2
-int64_t key_tile_length(int64_t dim) { return dim <= 128 ? 512 : 256; }  // keys and values of a tile stay in L2
-
 // The largest of some values and `highest`. By hand in lanes, because compilers vectorise a maximum only where they may
 // ignore NaN. A NaN is passed over here and comes back in the sum.
 template <class A>
@@ -68,17 +65,16 @@ class ForwardWorker {
       : args_(args),
         plan_(plan),
         dim_(plan.shape.dim),
-        tile_keys_(key_tile_length(dim_)),
-        score_stride_(tile_keys_ + 16),  // not a power of two: rows of a tile would share cache sets
+        tile_keys_(largest_key_tile(dim_)),
         memory_(2 * Scratch::padded<A>(block * dim_) + 2 * Scratch::padded<A>(block) +
-                2 * Scratch::padded<A>(tile_keys_ * dim_) + Scratch::padded<A>(kQueryTile * score_stride_)),
+                2 * Scratch::padded<A>(tile_keys_ * dim_) + Scratch::padded<A>(kQueryTile * tile_keys_)),
         query_(memory_.take<A>(block * dim_)),
         sum_(memory_.take<A>(block * dim_)),
         peak_(memory_.take<A>(block)),
         total_(memory_.take<A>(block)),
         key_room_(memory_.take<A>(tile_keys_ * dim_)),
         value_room_(memory_.take<A>(tile_keys_ * dim_)),
-        score_(memory_.take<A>(kQueryTile * score_stride_)) {}
+        score_(memory_.take<A>(kQueryTile * tile_keys_)) {}
 
   // Queries first .. first + rows of a sequence's list (Plan::list_length).
   void operator()(int64_t sequence, int64_t kv_head, int64_t first, int64_t rows) {
@@ -111,15 +107,14 @@ class ForwardWorker {
     reach = std::min(reach, count);
     if (reach <= 0) return;
     A* sum = sum_ + top * dim_;
-    gemm<A>(1, {query_ + top * dim_, rows, dim_, dim_}, head_of(keys, reach, true), 0,
-            {score_, rows, reach, score_stride_});
+    gemm<A>(1, {query_ + top * dim_, rows, dim_, dim_}, head_of(keys, reach, true), 0, {score_, rows, reach, reach});
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t seen = std::clamp<int64_t>(visible(sequence, first + top + i) - start, 0, reach);
-      const A factor = softmax_row(score_ + i * score_stride_, seen, reach, peak_[top + i], total_[top + i]);
+      const A factor = softmax_row(score_ + i * reach, seen, reach, peak_[top + i], total_[top + i]);
       if (start > 0 && factor != 1)
         for (int64_t d = 0; d < dim_; ++d) sum[i * dim_ + d] *= factor;
     }
-    gemm<A>(1, {score_, rows, reach, score_stride_}, head_of(values, reach), start > 0, {sum, rows, dim_, dim_});
+    gemm<A>(1, {score_, rows, reach, reach}, head_of(values, reach), start > 0, {sum, rows, dim_, dim_});
   }
 
   void finish(int64_t sequence, int64_t kv_head, int64_t first, int64_t i) {
@@ -139,7 +134,7 @@ class ForwardWorker {
 
   const SparsePrefillForward& args_;
   const Plan& plan_;
-  int64_t dim_, tile_keys_, score_stride_;
+  int64_t dim_, tile_keys_;
   Scratch memory_;
   A *query_, *sum_, *peak_, *total_, *key_room_, *value_room_, *score_;
 };
@@ -190,12 +185,13 @@ void importance(const SparsePrefillForward& args, const Plan& plan) {
   for (int64_t s = 0; s < sequences; ++s) {
     counts[s] = 0;
     for (int64_t r = 0; r < args.listed; ++r) {
-      const int64_t entry = plan.queries.find(s, args.importance_rows[args.listed_per_sequence ? s * args.listed + r : r]);
+      const int64_t entry =
+          plan.queries.find(s, args.importance_rows[args.listed_per_sequence ? s * args.listed + r : r]);
       if (entry >= 0) entries[s * args.listed + counts[s]++] = entry;
     }
   }
 
-  const int64_t tile_keys = key_tile_length(dim);
+  const int64_t tile_keys = largest_key_tile(dim);
   for_items(sequences * heads, [&] {
     return [&, memory = Scratch(Scratch::padded<A>(tile_keys * dim) + Scratch::padded<A>(kQueryTile * dim) +
                                 Scratch::padded<A>(kQueryTile * tile_keys))](int64_t item) mutable {
@@ -216,11 +212,11 @@ void importance(const SparsePrefillForward& args, const Plan& plan) {
           for (int64_t i = 0; i < rows; ++i)
             scaled_row(plan.list_row(static_cast<const T*>(args.q), shape.q_strides, s, head, list_index(top + i)),
                        static_cast<A>(shape.scale), query + i * dim, dim);
-          gemm<A>(1, {query, rows, dim, dim}, head_of(keys, count, true), 0, {score, rows, count, tile_keys});
+          gemm<A>(1, {query, rows, dim, dim}, head_of(keys, count, true), 0, {score, rows, count, count});
           for (int64_t i = 0; i < rows; ++i) {
             const int64_t at = list_index(top + i), visible = plan.visible[plan.list_entry(s, at)];
             const A lse = *plan.list_row(static_cast<A*>(args.lse), shape.lse_strides, s, head, at);
-            const A* row = score + i * tile_keys;
+            const A* row = score + i * count;
             const int64_t seen = std::clamp<int64_t>(visible - start, 0, count);
 #pragma omp simd
             for (int64_t j = 0; j < seen; ++j) sum[start + j] += fast_exp(row[j] - lse);

@@ -23,9 +23,9 @@ struct RowStrides {
 };
 
 struct AttentionShape {
-  DType dtype;                                // of q, k, v, out and their gradients
-  int64_t sequences;                          // batch items, or packed sequences
-  bool packed;                                // rows are rows of the whole tensor, batch strides are not used
+  DType dtype;                                   // of q, k, v, out and their gradients
+  int64_t sequences;                             // batch items, or packed sequences
+  bool packed;                                   // rows are rows of the whole tensor, batch strides are not used
   int64_t heads, kv_heads, q_rows, k_rows, dim;  // rows of one batch item, or of the packed tensor
   TokenRows q_index, k_index;
   RowStrides q_strides, k_strides, v_strides, out_strides, lse_strides;  // lse: of (batch, head, row) scalars
@@ -41,7 +41,7 @@ struct SparsePrefillForward {
   void* lse;  // fp32 (fp64 for float64)
 
   // Mean over heads and over the listed query rows of the attention each key receives; null when not wanted.
-  const int64_t* importance_rows;    // (listed), or (sequences, listed) when listed_per_sequence
+  const int64_t* importance_rows;  // (listed), or (sequences, listed) when listed_per_sequence
   int64_t listed;
   bool listed_per_sequence;
   void* importance;  // (sequences, k_rows), or (k_rows) when packed, contiguous, type of lse

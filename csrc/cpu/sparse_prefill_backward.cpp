@@ -3,41 +3,37 @@
 //   P = exp(scale q k' - lse),  delta = rowsum(dout * out) - dlse,  dS = P * (dout v' - delta),
 //   dq = scale dS k,  dk = scale dS' q,  dv = P' dout.
 //
-// An item is (sequence, key/value head, a range of keys). It gathers its queries once, then goes through its keys a tile
-// at a time: dk and dv of the tile are complete when it leaves it, dq grows in the order of the tiles. Only when there
-// are fewer heads than threads are keys split, and the partial sums of dq are then added in order. No atomics.
+// An item is (sequence, key/value head, a range of keys). It gathers its queries once, then goes through its keys a
+// tile at a time: dk and dv of the tile are complete when it leaves it, dq grows in the order of the tiles. Only when
+// there are fewer heads than threads are keys split, and the partial sums of dq are then added in order. No atomics.
 #include "sparse_prefill.h"
-
 #include "sparse_prefill_rows.h"
 
 namespace flashsloth::cpu::FLASHSLOTH_ISA {
 namespace {
-
-constexpr int64_t kQueryTile = 64;
-constexpr int64_t kKeyTile = 256;
 
 template <class T>
 class BackwardWorker {
   using A = Acc<T>;
 
  public:
-  BackwardWorker(const SparsePrefillBackward& args, const Plan& plan, int64_t longest)
+  BackwardWorker(const SparsePrefillBackward& args, const Plan& plan, int64_t longest, int64_t tile_keys)
       : args_(args),
         plan_(plan),
         dim_(plan.shape.dim),
-        stride_(kKeyTile + 16),  // not a power of two: rows of a tile would share cache sets
+        tile_keys_(tile_keys),
         memory_(2 * Scratch::padded<A>(longest * dim_) + 2 * Scratch::padded<A>(longest) +
-                4 * Scratch::padded<A>(kKeyTile * dim_) + 2 * Scratch::padded<A>(kQueryTile * stride_)),
+                4 * Scratch::padded<A>(tile_keys_ * dim_) + 2 * Scratch::padded<A>(kQueryTile * tile_keys_)),
         query_(memory_.take<A>(longest * dim_)),
         dout_(memory_.take<A>(longest * dim_)),
         lse_(memory_.take<A>(longest)),
         delta_(memory_.take<A>(longest)),
-        key_room_(memory_.take<A>(kKeyTile * dim_)),
-        value_room_(memory_.take<A>(kKeyTile * dim_)),
-        dkey_(memory_.take<A>(kKeyTile * dim_)),
-        dvalue_(memory_.take<A>(kKeyTile * dim_)),
-        prob_(memory_.take<A>(kQueryTile * stride_)),
-        dscore_(memory_.take<A>(kQueryTile * stride_)) {}
+        key_room_(memory_.take<A>(tile_keys_ * dim_)),
+        value_room_(memory_.take<A>(tile_keys_ * dim_)),
+        dkey_(memory_.take<A>(tile_keys_ * dim_)),
+        dvalue_(memory_.take<A>(tile_keys_ * dim_)),
+        prob_(memory_.take<A>(kQueryTile * tile_keys_)),
+        dscore_(memory_.take<A>(kQueryTile * tile_keys_)) {}
 
   // Keys first .. first + count of a sequence; dq / scale of the whole list of its queries goes to `dquery`.
   void operator()(int64_t sequence, int64_t kv_head, int64_t first, int64_t count, A* dquery) {
@@ -45,8 +41,8 @@ class BackwardWorker {
     const int64_t rows = plan_.list_length(sequence);
     std::fill_n(dquery, rows * dim_, A(0));
     for (int64_t i = 0; i < rows; ++i) load_query(sequence, kv_head, i);
-    for (int64_t start = first; start < first + count; start += kKeyTile) {
-      const int64_t keys = std::min(kKeyTile, first + count - start);
+    for (int64_t start = first; start < first + count; start += tile_keys_) {
+      const int64_t keys = std::min(tile_keys_, first + count - start);
       const auto k = key_tile<T>(plan_, args_.k, shape.k_strides, sequence, kv_head, start, keys, key_room_);
       const auto v = key_tile<T>(plan_, args_.v, shape.v_strides, sequence, kv_head, start, keys, value_room_);
       std::fill_n(dkey_, keys * dim_, A(0));
@@ -92,12 +88,12 @@ class BackwardWorker {
     reach = std::min(reach, keys);
     if (reach <= 0) return;
     const Matrix<const A> query{query_ + top * dim_, rows, dim_, dim_}, dout{dout_ + top * dim_, rows, dim_, dim_};
-    gemm<A>(1, query, head_of(k, reach, true), 0, {prob_, rows, reach, stride_});
-    gemm<A>(1, dout, head_of(v, reach, true), 0, {dscore_, rows, reach, stride_});
+    gemm<A>(1, query, head_of(k, reach, true), 0, {prob_, rows, reach, reach});
+    gemm<A>(1, dout, head_of(v, reach, true), 0, {dscore_, rows, reach, reach});
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t seen = std::clamp<int64_t>(visible(sequence, top + i) - start, 0, reach);
       const A lse = lse_[top + i], delta = delta_[top + i];
-      A *prob = prob_ + i * stride_, *dscore = dscore_ + i * stride_;
+      A *prob = prob_ + i * reach, *dscore = dscore_ + i * reach;
 #pragma omp simd
       for (int64_t j = 0; j < seen; ++j) {
         prob[j] = fast_exp(prob[j] - lse);
@@ -106,15 +102,15 @@ class BackwardWorker {
       std::fill(prob + seen, prob + reach, A(0));
       std::fill(dscore + seen, dscore + reach, A(0));
     }
-    const Matrix<const A> prob{prob_, rows, reach, stride_, true}, dscore{dscore_, rows, reach, stride_};
+    const Matrix<const A> prob{prob_, rows, reach, reach, true}, dscore{dscore_, rows, reach, reach};
     gemm<A>(1, prob, dout, 1, {dvalue_, reach, dim_, dim_});
-    gemm<A>(1, {dscore_, rows, reach, stride_, true}, query, 1, {dkey_, reach, dim_, dim_});
+    gemm<A>(1, {dscore_, rows, reach, reach, true}, query, 1, {dkey_, reach, dim_, dim_});
     gemm<A>(1, dscore, head_of(k, reach), 1, {dquery + top * dim_, rows, dim_, dim_});
   }
 
   const SparsePrefillBackward& args_;
   const Plan& plan_;
-  int64_t dim_, stride_;
+  int64_t dim_, tile_keys_;
   Scratch memory_;
   A *query_, *dout_, *lse_, *delta_, *key_room_, *value_room_, *dkey_, *dvalue_, *prob_, *dscore_;
 };
@@ -145,16 +141,19 @@ void backward(const SparsePrefillBackward& args) {
     longest = std::max(longest, plan.list_length(s));
     most_keys = std::max(most_keys, plan.keys.count(s));
   }
-  const int64_t lists = sequences * kv_heads, tiles = std::max<int64_t>(divide_up(most_keys, kKeyTile), 1);
+  const int64_t lists = sequences * kv_heads;
   if (lists == 0) return;
-  const int64_t splits = std::clamp<int64_t>(divide_up(3 * num_threads(), lists), 1, tiles);
-  const int64_t keys_per_split = divide_up(tiles, splits) * kKeyTile;
+  const int64_t wanted = divide_up(3 * num_threads(), lists);  // splits, to give every thread some items
+  const int64_t tile = std::clamp<int64_t>(divide_up(divide_up(most_keys, wanted), 64) * 64, 64, largest_key_tile(dim));
+  const int64_t tiles = std::max<int64_t>(divide_up(most_keys, tile), 1);
+  const int64_t keys_per_split = divide_up(tiles, std::min(wanted, tiles)) * tile;
+  const int64_t splits = std::max<int64_t>(divide_up(most_keys, keys_per_split), 1);
   const bool shared = splits > 1;
 
   Scratch partial(shared ? Scratch::padded<A>(lists * splits * longest * dim) : 0);
   A* const dquery = partial.take<A>(0);
   for_items(lists * splits, [&] {
-    return [&, worker = BackwardWorker<T>(args, plan, longest),
+    return [&, worker = BackwardWorker<T>(args, plan, longest, tile),
             own = Scratch(shared ? 0 : Scratch::padded<A>(longest * dim))](int64_t item) mutable {
       const int64_t s = item / splits / kv_heads, head = item / splits % kv_heads;
       own.rewind();

@@ -11,6 +11,12 @@
 namespace flashsloth::cpu::FLASHSLOTH_ISA {
 namespace {  // not shared between files, see types.h
 
+// Tall enough for the matrix product to reach its speed, though half of a causal tile's diagonal part is wasted.
+constexpr int64_t kQueryTile = 128;
+
+// Keys and values of a tile, and its scores, stay in L2.
+inline int64_t largest_key_tile(int64_t dim) { return dim <= 128 ? 512 : 256; }
+
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The entries of a TokenRows that can be trusted: in range, ascending, each row once.
@@ -21,8 +27,9 @@ class KeptRows {
         length_(length),
         first_position_(first_position),
         memory_(Scratch::padded<int64_t>(sequences + 1) +
-                (all_ ? 0 : 2 * Scratch::padded<int64_t>(index.capacity) +
-                                Scratch::padded<uint8_t>(packed ? length : sequences * length))),
+                (all_ ? 0
+                      : 2 * Scratch::padded<int64_t>(index.capacity) +
+                            Scratch::padded<uint8_t>(packed ? length : sequences * length))),
         begin_(memory_.take<int64_t>(sequences + 1)) {
     begin_[0] = 0;
     if (all_) {
