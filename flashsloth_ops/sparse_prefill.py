@@ -120,17 +120,22 @@ def _pair(index: object, q: Tensor, k: Tensor) -> tuple[TokenIndex | None, Token
 
 def _check_indices(q: Tensor, k: Tensor, q_index: TokenIndex | None, k_index: TokenIndex | None) -> None:
     packed = q.dim() == 3
-    sequences = q.shape[0] if not packed else 1
-    if packed and (q_index is not None or k_index is not None):
-        sequences = (q_index or k_index).cu_seqlens.shape[0] - 1  # type: ignore[union-attr]
-    same = q_index is k_index
-    for name, one, tensor in (("index" if same else "q_index", q_index, q), ("k_index", k_index, k)):
-        if one is None:
-            if packed and sequences != 1:
+    given = q_index if q_index is not None else k_index
+    if given is None:
+        return
+    sequences = q.shape[0]
+    if packed:
+        sequences = max(check.tensor("index.cu_seqlens", given.cu_seqlens).numel() - 1, 0)
+        for name, one in (("q_index", q_index), ("k_index", k_index)):
+            if one is None and sequences != 1:
                 raise ValueError(
                     f"{name}: expected a TokenIndex of {sequences} sequences as the other has, got None (one sequence)"
                 )
-        elif name != "k_index" or not same:
+    if q_index is k_index:
+        given.validate("index", q.device, sequences, q.shape[0 if packed else 2], packed=packed)
+        return
+    for name, one, tensor in (("q_index", q_index, q), ("k_index", k_index, k)):
+        if one is not None:
             one.validate(name, tensor.device, sequences, tensor.shape[0 if packed else 2], packed=packed)
 
 
@@ -226,7 +231,6 @@ def _index(rows: Tensor | None, cu_seqlens: Tensor | None, positions: Tensor | N
     return None if rows is None or cu_seqlens is None else TokenIndex(rows, cu_seqlens, bound, positions)
 
 
-@torch.library.impl("flashsloth::sparse_prefill", "CompositeExplicitAutograd")
 def _plain(q, k, v, *rest):  # type: ignore[no-untyped-def]
     *indices, causal, scale, listed = rest
     out, lse, importance = reference.token_sparse_prefill(
@@ -237,7 +241,6 @@ def _plain(q, k, v, *rest):  # type: ignore[no-untyped-def]
     return _token_major(out), lse.contiguous(), importance
 
 
-@torch.library.impl("flashsloth::sparse_prefill_backward", "CompositeExplicitAutograd")
 def _plain_backward(dout, dlse, q, k, v, out, lse, *rest):  # type: ignore[no-untyped-def]
     *indices, causal, scale = rest
     gradients = reference.token_sparse_prefill_backward(
@@ -246,4 +249,6 @@ def _plain_backward(dout, dlse, q, k, v, out, lse, *rest):  # type: ignore[no-un
     return tuple(_token_major(g) for g in gradients)
 
 
+torch.library.impl("flashsloth::sparse_prefill", "CompositeExplicitAutograd", _plain)
+torch.library.impl("flashsloth::sparse_prefill_backward", "CompositeExplicitAutograd", _plain_backward)
 torch.library.register_autograd("flashsloth::sparse_prefill", _backward, setup_context=_setup_context)

@@ -124,6 +124,8 @@ class TokenIndex(NamedTuple):
         check.shape(f"{name}.cu_seqlens", self.cu_seqlens, (sequences + 1,), f" for {sequences} sequences")
         if self.positions is not None:
             check.shape(f"{name}.positions", self.positions, tuple(self.indices.shape), " as indices")
+        if not isinstance(self.max_seqlen, (int, torch.SymInt)):
+            raise TypeError(f"{name}.max_seqlen: expected an int, got {type(self.max_seqlen).__name__}")
         plain = all(type(t) is Tensor for t in (self.indices, self.cu_seqlens, self.positions) if t is not None)
         if device.type == "cpu" and plain and not torch.compiler.is_compiling():
             _check_contents(self, name, length, packed)

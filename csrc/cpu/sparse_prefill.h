@@ -11,8 +11,8 @@ namespace flashsloth::cpu {
 // Whatever the arrays hold, kernels read and write inside the tensors: bounds are clamped, and entries that are out of
 // range, out of order or listed twice are ignored.
 struct TokenRows {
-  const int32_t* indices;     // (capacity), or null: every row of every sequence
-  const int32_t* cu_seqlens;  // (sequences + 1)
+  const int32_t* indices;     // (capacity)
+  const int32_t* cu_seqlens;  // (sequences + 1), or null: every row of every sequence
   const int32_t* positions;   // (capacity), or null: the indices. Ascending within a sequence
   int64_t capacity;
 };

@@ -23,7 +23,7 @@ inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 class KeptRows {
  public:
   KeptRows(const TokenRows& index, int64_t sequences, int64_t length, bool packed, int64_t first_position)
-      : all_(index.indices == nullptr),
+      : all_(index.cu_seqlens == nullptr),
         length_(length),
         first_position_(first_position),
         memory_(Scratch::padded<int64_t>(sequences + 1) +

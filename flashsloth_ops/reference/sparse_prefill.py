@@ -69,8 +69,8 @@ def token_sparse_prefill_backward(
     packed = q.dim() == 3
     dtype, wide = q.dtype, torch.promote_types(q.dtype, torch.float32)
     q, k, v, dout, out = (_batched(t, packed) for t in (q, k, v, dout, out))
-    lse, dlse = (None if t is None else t.transpose(0, 1).unsqueeze(0) if packed else t for t in (lse, dlse))
-    assert lse is not None
+    lse = _batched(lse, packed)
+    dlse = None if dlse is None else _batched(dlse, packed)
     rows = _Rows(q, k, q_index, k_index, packed, causal)
     groups = q.shape[1] // max(k.shape[1], 1)
     q, k, v = (t.to(wide) for t in rows.clean(q, k, v))
