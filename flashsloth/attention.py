@@ -142,6 +142,7 @@ def flashsloth_attention(
     else:
         index, causal = (attention_mask.query, attention_mask.key), attention_mask.causal
     out = token_sparse_prefill(query, key, value, index, causal=causal, scale=scaling)
+    assert isinstance(out, Tensor)
     return out.transpose(1, 2).contiguous(), None
 
 
