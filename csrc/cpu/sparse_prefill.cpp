@@ -89,8 +89,9 @@ class ForwardWorker {
     }
     for (int64_t start = 0; start < reach; start += tile_keys_) {
       const int64_t count = std::min(tile_keys_, reach - start);
-      const auto keys = key_tile<T>(plan_, args_.k, shape.k_strides, sequence, kv_head, start, count, key_room_);
-      const auto values = key_tile<T>(plan_, args_.v, shape.v_strides, sequence, kv_head, start, count, value_room_);
+      const auto keys = key_tile<T>(plan_, args_.k, shape.k_strides, sequence, kv_head, start, count, rows, key_room_);
+      const auto values =
+          key_tile<T>(plan_, args_.v, shape.v_strides, sequence, kv_head, start, count, rows, value_room_);
       for (int64_t top = 0; top < rows; top += kQueryTile)
         tile(sequence, first, top, std::min(kQueryTile, rows - top), start, count, keys, values);
     }
@@ -206,7 +207,7 @@ void importance(const SparsePrefillForward& args, const Plan& plan) {
       if (queries == 0) return;
       for (int64_t start = 0; start < all; start += tile_keys) {
         const int64_t count = std::min(tile_keys, all - start);
-        const auto keys = key_tile<T>(plan, args.k, shape.k_strides, s, head, start, count, room);
+        const auto keys = key_tile<T>(plan, args.k, shape.k_strides, s, head, start, count, queries, room);
         for (int64_t top = 0; top < queries; top += kQueryTile) {
           const int64_t rows = std::min(kQueryTile, queries - top);
           for (int64_t i = 0; i < rows; ++i)

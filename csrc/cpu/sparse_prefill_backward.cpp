@@ -43,8 +43,8 @@ class BackwardWorker {
     for (int64_t i = 0; i < rows; ++i) load_query(sequence, kv_head, i);
     for (int64_t start = first; start < first + count; start += tile_keys_) {
       const int64_t keys = std::min(tile_keys_, first + count - start);
-      const auto k = key_tile<T>(plan_, args_.k, shape.k_strides, sequence, kv_head, start, keys, key_room_);
-      const auto v = key_tile<T>(plan_, args_.v, shape.v_strides, sequence, kv_head, start, keys, value_room_);
+      const auto k = key_tile<T>(plan_, args_.k, shape.k_strides, sequence, kv_head, start, keys, rows, key_room_);
+      const auto v = key_tile<T>(plan_, args_.v, shape.v_strides, sequence, kv_head, start, keys, rows, value_room_);
       std::fill_n(dkey_, keys * dim_, A(0));
       std::fill_n(dvalue_, keys * dim_, A(0));
       for (int64_t top = 0; top < rows; top += kQueryTile)

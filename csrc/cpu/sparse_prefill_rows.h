@@ -146,15 +146,17 @@ void for_items(int64_t items, F&& make_worker) {
   });
 }
 
-// Keys or values first .. first + count of a sequence and head: in place where they lie as a matrix of the type of the
-// arithmetic, else gathered and widened into `room`.
+// Keys or values first .. first + count of a sequence and head, for products with `queries` rows: in place where they
+// lie as a matrix of the type of the arithmetic, else gathered and widened into `room`. With gaps between its rows a
+// matrix makes slow products, so it stays in place for few queries only.
 template <class T>
 Matrix<const Acc<T>> key_tile(const Plan& plan, const void* tensor, const RowStrides& strides, int64_t sequence,
-                              int64_t kv_head, int64_t first, int64_t count, Acc<T>* room) {
+                              int64_t kv_head, int64_t first, int64_t count, int64_t queries, Acc<T>* room) {
   const int64_t dim = plan.shape.dim;
   const T* base = static_cast<const T*>(tensor) + plan.batch_item(sequence) * strides.batch + kv_head * strides.head;
   if constexpr (std::is_same_v<T, Acc<T>>) {
-    if (strides.row >= dim && plan.keys.is_run(sequence, first, count))
+    const bool as_fast = strides.row == dim || (strides.row > dim && queries < 16);
+    if (as_fast && plan.keys.is_run(sequence, first, count))
       return {base + plan.keys.row(sequence, first) * strides.row, count, dim, strides.row};
   }
   for (int64_t j = 0; j < count; ++j)
