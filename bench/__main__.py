@@ -43,6 +43,8 @@ def run(options: argparse.Namespace, console: Console, cases: Sequence[Case]) ->
     chosen = runner.matching(cases, options.case)
     if options.small:
         chosen = [replace(case, title=f"{case.name}, small", size=case.small, goals=()) for case in chosen]
+    if options.quick:
+        chosen = [case.with_goals_only() for case in chosen]
     total = options.budget or (QUICK_BUDGET if options.quick else DEFAULT_BUDGET)
     timed = max(1, sum(case.mode != "memory" for case in chosen))
     effort = Effort(total / timed, 3, 60) if options.quick else Effort(total / timed, 7, 60)
@@ -108,7 +110,9 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("list", help="cases, sizes, providers, and what can run here")
     run_parser = commands.add_parser("run", help="check, then time; one table, one JSON file")
     run_parser.add_argument("--case", metavar="PATTERN", help="only cases whose name contains or matches this")
-    run_parser.add_argument("--quick", action="store_true", help="fewer rounds: under a minute, rougher ratios")
+    run_parser.add_argument(
+        "--quick", action="store_true", help="fewer rounds, only peers with a goal: rougher, under a minute"
+    )
     run_parser.add_argument("--small", action="store_true", help="small sizes: tests the suite, says nothing of speed")
     run_parser.add_argument("--budget", type=duration, metavar="TIME", help="time to measure in all, such as 90s or 3m")
     run_parser.add_argument("--threads", type=positive, help="threads inside an op; default: as torch is set")

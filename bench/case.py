@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -101,10 +101,14 @@ class Case:
     compared: Callable[[Outputs, Inputs], Outputs] | None = None
     kept_peer: Callable[[Size], int] | None = None
 
+    def provider(self, name: str) -> Provider:
+        """The provider of that name."""
+        return next(provider for provider in self.providers if provider.name == name)
 
-def named(case: Case, name: str) -> Provider:
-    """The provider of that name."""
-    return next(provider for provider in case.providers if provider.name == name)
+    def with_goals_only(self) -> Case:
+        """The same case without peers that no goal names."""
+        wanted = {self.plain, *(goal.peer for goal in self.goals)}
+        return replace(self, providers=tuple(p for p in self.providers if p.ours or p.name in wanted))
 
 
 def prepared(provider: Provider, inputs: Inputs) -> Inputs:

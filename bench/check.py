@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bench.case import Case, Inputs, Outputs, Provider, callable_of, named, widened
+from bench.case import Case, Inputs, Outputs, Provider, callable_of, widened
 
 EPS = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12, torch.float64: 2.0**-53}
 
@@ -31,7 +31,7 @@ def run_checks(case: Case, inputs: Inputs) -> dict[str, Verdict]:
     computes something else would mean nothing. A provider that raises has failed.
     """
     exact = _outputs(case, Provider("exact", case.exact), widened(inputs))
-    plain = _outputs(case, named(case, case.plain), inputs)
+    plain = _outputs(case, case.provider(case.plain), inputs)
     return {provider.name: _verdict(case, provider, inputs, exact, plain) for provider in case.providers}
 
 

@@ -77,11 +77,14 @@ def interleave(
 
 
 def _repeats(call: Callable[[], object], shortest: float, clock: Callable[[], float]) -> int:
-    """Warm up, and count how many calls a measurement needs."""
-    call()
-    start = clock()
-    call()
-    took = clock() - start
+    """Warm up, and count how many calls a measurement needs. A first call may be slow, a long one tells enough."""
+    took = 0.0
+    for _ in range(2):
+        start = clock()
+        call()
+        took = clock() - start
+        if took >= 20 * shortest:
+            break
     return 1 if took >= shortest else min(1000, int(shortest / max(took, 1e-6)) + 1)
 
 
