@@ -108,7 +108,7 @@ def _measure(name: str, case: Case, peers: dict[str, str], given: Inputs, budget
         calls[path] = benchmark.forward(one, benchmark.prepared(one, given))
         outputs = calls[path]()
         results.append(outputs if case.compared is None else case.compared(outputs, given))
-    first, *others = ([*outputs.values()][0] for outputs in results)
+    first, *others = (next(iter(outputs.values())) for outputs in results)
     difference = max((first - other).abs().max().item() for other in others)
     times = interleave(calls, budget=budget, min_rounds=3)
     return OpTimes(name, {path: quantiles(times[path]).p50 for path in calls}, difference)

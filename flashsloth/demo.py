@@ -27,8 +27,8 @@ from flashsloth_ops import backend
 QUESTION, ANSWER, SECOND_QUESTION = "What is in the picture?", "I cannot say.", "What is in the background?"
 WARNING = "No trained weights ship with this project yet: the weights are random, and the answer means nothing."
 CAPTION = (
-    "Random weights, so every map is nearly uniform. Colours run from the least to the most of each map on its own; "
-    "the numbers are that range, 1 being uniform."
+    "The weights are random: this shows how the model looks, not what a trained one would look at. "
+    "Colours run from the least to the most of each map on its own."
 )
 
 
@@ -92,9 +92,8 @@ def _run(
     vision, text = config.vision_config, config.text_config
     served = backend.select("spatial_pool", torch.empty(0))
     say(
-        f"model       ops of {'full' if text.hidden_size == 2560 else 'small'} size: tower {vision.hidden_size} wide with "
-        f"{config.vision_layers} layers, decoder {text.hidden_size} wide with {text.num_attention_heads} heads and "
-        f"{text.num_hidden_layers} layers"
+        f"model       tower {vision.hidden_size} wide with {config.vision_layers} layers, decoder {text.hidden_size} wide "
+        f"with {text.num_attention_heads} heads and {text.num_hidden_layers} layers"
     )
     say(f"runs on     {torch.get_num_threads()} threads, fp32, fused ops served by the {served} backend")
 
@@ -122,8 +121,9 @@ def _run(
     console.print(_first_token_table(first_token))
 
     step("answering")
-    generated = model.generate(**asked, max_new_tokens=24, do_sample=False)
-    answer = _printable(tokenizer.decode(generated[0, asked["input_ids"].shape[1] :], skip_special_tokens=True))
+    generate: Any = model.generate  # its annotations do not fit its own mixin
+    ids = generate(**asked, max_new_tokens=24, do_sample=False)[0, asked["input_ids"].shape[1] :]
+    answer = _printable(str(tokenizer.decode(ids, skip_special_tokens=True)))
     say(f"question    {QUESTION}")
     say(f"answer      {answer}   (random weights: it means nothing)")
 

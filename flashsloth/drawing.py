@@ -11,8 +11,10 @@ import numpy as np
 from PIL import Image
 
 FORMATS = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
-SIZE_INCHES, DPI = (15.0, 6.6), 110
+SIZE_INCHES, DPI = (15.0, 6.75), 110
+PANEL, MARGIN, BOTTOM = 4.6, 0.4, 0.95  # inches; the gap between panels takes what is left
 INK, QUIET = "#1d2433", "#5b6475"
+COLOURS = "inferno"
 
 
 def check_target(path: Path) -> Path:
@@ -22,7 +24,7 @@ def check_target(path: Path) -> Path:
     if path.is_dir():
         raise ValueError(f"--out: expected a file, got the directory {path}")
     if not path.resolve().parent.is_dir():
-        raise FileNotFoundError(f"--out: expected an existing directory, got {path.parent}")
+        raise FileNotFoundError(f"--out: expected a file in an existing directory, got {path}")
     return path
 
 
@@ -32,7 +34,7 @@ def draw_attention(
     """Write the picture to ``path``, whole or not at all.
 
     Args:
-        photograph: RGB.
+        photograph: RGB; shown square, as the vision tower sees it.
         pooling: weights ``(rows, columns)`` of the vision tokens, summing to one within each window.
         queries: attention ``(Q, rows, columns)`` of each embedded query to the vision tokens, summing to one.
         window: side of a pooling window, in tokens.
@@ -41,104 +43,104 @@ def draw_attention(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    photo = np.asarray(_shown(photograph))
-    figure = Figure(figsize=SIZE_INCHES, dpi=DPI, facecolor="white", layout="none")
-    FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(1, 3, left=0.02, right=0.985, top=0.81, bottom=0.115, wspace=0.085)
+    photo = np.asarray(photograph.convert("RGB").resize((540, 540), Image.Resampling.LANCZOS)) / 255
     rows, columns = pooling.shape
     pooled = -(-rows // window) * -(-columns // window)
+    figure = Figure(figsize=SIZE_INCHES, dpi=DPI, facecolor="white")
+    FigureCanvasAgg(figure)
+    _text(figure, MARGIN, 6.4, "FlashSloth compresses what it sees, and looks again", 17, bold=True)
 
-    left = figure.add_subplot(grid[0])
-    _title(left, "What comes in", f"{rows} x {columns} = {rows * columns} vision tokens")
-    left.imshow(photo)
-    _bare(left)
+    _heading(figure, 0, "What comes in", f"{rows} x {columns} = {rows * columns} vision tokens")
+    _axes(figure, *_corner(0), PANEL).imshow(photo)
 
-    middle = figure.add_subplot(grid[1])
-    _title(middle, "Spatial attention pooling", f"each {window} x {window} window becomes one token: {pooled} remain")
-    _pooling(middle, photo, pooling, window)
+    kept = f"each {window} x {window} window becomes one token, {pooled} in all"
+    _heading(figure, 1, "Spatial attention pooling", kept)
+    _pooling(figure, photo, pooling * window**2, window)
 
-    _queries(figure, grid[2], photo, queries)
-    figure.text(0.02, 0.955, "FlashSloth", color=INK, fontsize=17, fontweight="bold", va="center")
-    figure.text(0.113, 0.953, "compresses what it sees, and looks again where it must", color=QUIET, fontsize=13, va="center")
-    figure.text(0.02, 0.04, caption, color=QUIET, fontsize=10.5, va="center")
+    count = queries.shape[0]
+    _heading(figure, 2, "Embedded queries", f"{count} queries, each attends to all {rows * columns} tokens")
+    _queries(figure, photo, queries * (rows * columns))
+
+    _text(figure, MARGIN, 0.22, caption, 10)
     _write(figure, path)
 
 
-def _shown(photograph: Image.Image) -> Image.Image:
-    """Square, as the vision tower sees it (a photograph is squashed, not cropped)."""
-    return photograph.convert("RGB").resize((540, 540), Image.Resampling.LANCZOS)
+def _corner(panel: int) -> tuple[float, float]:
+    gap = (SIZE_INCHES[0] - 2 * MARGIN - 3 * PANEL) / 2
+    return MARGIN + panel * (PANEL + gap), BOTTOM
 
 
-def _grey(photo: np.ndarray) -> np.ndarray:
-    """The photograph as a quiet ground for colour."""
-    light = photo @ np.array([0.299, 0.587, 0.114]) / 255
-    return np.repeat((0.25 + 0.75 * light)[..., None], 3, axis=2)
+def _axes(figure: Any, left: float, bottom: float, width: float, height: float | None = None) -> Any:
+    """Bare axes at a place given in inches."""
+    across, up = SIZE_INCHES
+    axes = figure.add_axes((left / across, bottom / up, width / across, (height or width) / up))
+    axes.set_axis_off()
+    return axes
 
 
-def _bare(axes: Any) -> None:
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for side in axes.spines.values():
-        side.set_visible(False)
-
-
-def _title(axes: Any, name: str, note: str) -> None:
-    axes.text(0, 1.085, name, transform=axes.transAxes, fontsize=13.5, fontweight="bold", color=INK, va="center")
-    axes.text(0, 1.03, note, transform=axes.transAxes, fontsize=10.5, color=QUIET, va="center")
-
-
-def _overlay(axes: Any, photo: np.ndarray, values: np.ndarray, smooth: bool, alpha: float) -> Any:
-    side = photo.shape[0]
-    axes.imshow(_grey(photo), extent=(0, side, side, 0))
-    heat = axes.imshow(
-        values,
-        extent=(0, side, side, 0),
-        cmap="magma",
-        alpha=alpha,
-        interpolation="bicubic" if smooth else "nearest",
+def _text(figure: Any, x: float, y: float, text: str, size: float, *, bold: bool = False, align: str = "left") -> None:
+    figure.text(
+        x / SIZE_INCHES[0],
+        y / SIZE_INCHES[1],
+        text,
+        fontsize=size,
+        fontweight="bold" if bold else "normal",
+        color=INK if bold else QUIET,
+        ha=align,
+        va="center",
     )
-    _bare(axes)
-    return heat
 
 
-def _pooling(axes: Any, photo: np.ndarray, pooling: np.ndarray, window: int) -> None:
-    heat = _overlay(axes, photo, pooling * window**2, smooth=False, alpha=0.62)
-    side, (rows, columns) = photo.shape[0], pooling.shape
+def _heading(figure: Any, panel: int, name: str, note: str) -> None:
+    left, bottom = _corner(panel)
+    _text(figure, left, bottom + PANEL + 0.16, note, 10)
+    _text(figure, left, bottom + PANEL + 0.4, name, 13, bold=True)
+
+
+def _tinted(photo: np.ndarray, values: np.ndarray, smooth: bool) -> np.ndarray:
+    """The photograph in greys, its light taken on by the colour of the values: least is dark, most is bright."""
+    from matplotlib import colormaps
+
+    low, high = float(values.min()), float(values.max())
+    share = (values - low) / (high - low) if high > low else np.full_like(values, 0.5)
+    scaled = Image.fromarray(share.astype(np.float32)).resize(
+        photo.shape[1::-1], Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
+    )
+    colour = colormaps[COLOURS](np.clip(np.asarray(scaled), 0, 1))[..., :3]
+    light = (photo @ np.array([0.299, 0.587, 0.114]))[..., None]
+    return np.clip(colour * (0.45 + 0.75 * light) + 0.10 * light, 0, 1)
+
+
+def _pooling(figure: Any, photo: np.ndarray, weights: np.ndarray, window: int) -> None:
+    left, bottom = _corner(1)
+    axes = _axes(figure, left, bottom, PANEL)
+    axes.imshow(_tinted(photo, weights, smooth=False))
+    side, (rows, columns) = photo.shape[0], weights.shape
     for lines, count in ((axes.axhline, rows), (axes.axvline, columns)):
-        for edge in range(0, count + 1, window):
-            lines(edge * side / count, color="white", linewidth=0.9, alpha=0.85)
-    bar = axes.inset_axes((0.0, -0.055, 1.0, 0.024))
-    colours = axes.figure.colorbar(heat, cax=bar, orientation="horizontal")
-    colours.outline.set_visible(False)
-    colours.ax.tick_params(labelsize=9, colors=QUIET, length=2)
-    bar.text(1.0, -3.1, "weight in its window, 1 = plain average", transform=bar.transAxes, fontsize=9, color=QUIET, ha="right")
+        for edge in range(window, count, window):
+            lines(edge * side / count - 0.5, color="white", linewidth=0.8, alpha=0.75)
+    bar = _axes(figure, left, bottom - 0.2, PANEL, 0.1)
+    bar.imshow(np.linspace(0, 1, 256)[None], aspect="auto", cmap=COLOURS)
+    low, high = weights.min(), weights.max()
+    _text(figure, left, bottom - 0.33, f"{low:.2f}", 9)
+    _text(figure, left + PANEL / 2, bottom - 0.33, "weight within its window (1: a plain average)", 9, align="center")
+    _text(figure, left + PANEL, bottom - 0.33, f"{high:.2f}", 9, align="right")
 
 
-def _queries(figure: Any, cell: Any, photo: np.ndarray, queries: np.ndarray) -> None:
-    count, rows, columns = queries.shape
-    across = int(np.ceil(np.sqrt(count)))
-    inner = cell.subgridspec(-(-count // across), across, wspace=0.05, hspace=0.05)
-    uniform = 1 / (rows * columns)
-    for number, values in enumerate(queries):
-        axes = figure.add_subplot(inner[number])
-        if number == 0:
-            box, whole = axes.get_position(), cell.get_position(figure)
-            note = f"the attention of {count} embedded queries to all {rows * columns} tokens"
-            for offset, text, style in (
-                (1.085, "Embedded queries", {"fontsize": 13.5, "fontweight": "bold", "color": INK}),
-                (1.03, note, {"fontsize": 10.5, "color": QUIET}),
-            ):
-                height = whole.y0 + offset * (whole.y1 - whole.y0)
-                figure.text(box.x0, height, text, va="center", **style)
-        _overlay(axes, photo, values, smooth=True, alpha=0.66)
-        low, high = values.min() / uniform, values.max() / uniform
-        axes.text(
-            0.04, 0.93, f"{number + 1}", transform=axes.transAxes, color="white", fontsize=11, fontweight="bold", va="center"
-        )
-        axes.text(
-            0.96, 0.055, f"{low:.2f} to {high:.2f}", transform=axes.transAxes, color="white", fontsize=8.5, ha="right",
-            va="center",
-        )  # fmt: skip
+def _queries(figure: Any, photo: np.ndarray, attention: np.ndarray) -> None:
+    left, bottom = _corner(2)
+    across = int(np.ceil(np.sqrt(len(attention))))
+    gap = 0.08
+    side = (PANEL - (across - 1) * gap) / across
+    shadow = {"facecolor": "black", "alpha": 0.45, "edgecolor": "none", "pad": 1.6}
+    for number, values in enumerate(attention):
+        row, column = divmod(number, across)
+        axes = _axes(figure, left + column * (side + gap), bottom + PANEL - side - row * (side + gap), side)
+        axes.imshow(_tinted(photo, values, smooth=True))
+        place: dict[str, Any] = {"transform": axes.transAxes, "color": "white", "va": "center", "bbox": shadow}
+        axes.text(0.05, 0.925, str(number + 1), fontsize=10, fontweight="bold", **place)
+        axes.text(0.955, 0.06, f"{values.min():.2f} to {values.max():.2f}", fontsize=8, ha="right", **place)
+    _text(figure, left, bottom - 0.33, "attention (1: the same to every token), least and most in each corner", 9)
 
 
 def _write(figure: Any, path: Path) -> None:

@@ -15,6 +15,9 @@ from flashsloth.processing import FlashSlothProcessor
 from flashsloth.prompt import IMAGE_TOKEN, QUERY_TOKEN
 from flashsloth.tokenization import add_flashsloth_tokens
 
+# Queries tell words of the question apart, and are told apart by what they read in it.
+_QUERY_GAINS = {"t2q_attn.q": 8.0, "t2q_attn.k": 8.0, "i2q_attn.q": 1.3, "i2q_attn.k": 1.3}
+
 
 def byte_tokenizer() -> PreTrainedTokenizerBase:
     """A tokenizer in which every byte of UTF-8 is one token, with the special tokens of the prompt format.
@@ -30,10 +33,12 @@ def byte_tokenizer() -> PreTrainedTokenizerBase:
     return add_flashsloth_tokens(wrapped)
 
 
-def tiny_config(tokenizer: PreTrainedTokenizerBase | None = None, **changes: Any) -> FlashSlothConfig:
+def tiny_config(
+    tokenizer: PreTrainedTokenizerBase | None = None, *, layers: int = 3, **changes: Any
+) -> FlashSlothConfig:
     """A configuration of a few thousand parameters, its ids those of :func:`byte_tokenizer`.
 
-    The grid is 6x6 vision tokens, pooled to 2x2. ``changes`` are fields of :class:`FlashSlothConfig`.
+    The grid is 6x6 vision tokens, pooled to 2x2; ``layers`` are those of the decoder; ``changes`` are fields of :class:`FlashSlothConfig`.
     """
     vision = {
         "hidden_size": 32,
@@ -43,7 +48,7 @@ def tiny_config(tokenizer: PreTrainedTokenizerBase | None = None, **changes: Any
         "image_size": 42,
         "patch_size": 7,
     }
-    text = _phi(hidden_size=48, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4)
+    text = _phi(hidden_size=48, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4)
     fields: dict[str, Any] = {"query_layer": 1, "query_dim": 16, "num_queries": 9, **changes}
     return _with_ids(tokenizer or byte_tokenizer(), vision_config=vision, text_config=text, **fields)
 
@@ -59,13 +64,17 @@ def demo_config(tokenizer: PreTrainedTokenizerBase | None = None) -> FlashSlothC
 
 
 def random_model(config: FlashSlothConfig, seed: int = 0) -> FlashSlothForConditionalGeneration:
-    """A model of random weights, ready for inference."""
-    state = torch.random.get_rng_state()
-    try:
+    """A model of random weights, ready for inference.
+
+    The query module is drawn wider than training starts it: there all queries would attend to all tokens alike.
+    """
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         model = FlashSlothForConditionalGeneration(config)
-    finally:
-        torch.random.set_rng_state(state)
+        for name, weight in model.embedded_query.named_parameters():
+            if weight.dim() == 2:
+                gain = next((gain for part, gain in _QUERY_GAINS.items() if part in name), 1.0)
+                weight.normal_(0, gain * weight.shape[1] ** -0.5)
     return model.eval()
 
 
