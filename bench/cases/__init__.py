@@ -1,0 +1,8 @@
+"""All cases, one file an op."""
+
+from __future__ import annotations
+
+from bench.case import Case
+from bench.cases import embedded_query, sparse_prefill, spatial_pool
+
+CASES: tuple[Case, ...] = (*spatial_pool.CASES, *embedded_query.CASES, *sparse_prefill.CASES)
