@@ -97,9 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     ask = commands.add_parser("ask", help="ask a checkpoint about an image")
     ask.add_argument("image", type=_image, metavar="IMAGE", help="a file or a URL")
     ask.add_argument("question", metavar="QUESTION")
-    ask.add_argument(
-        "--model", type=Path, metavar="DIR", help="checkpoint, in our layout or the official one"
-    )
+    ask.add_argument("--model", type=Path, metavar="DIR", help="checkpoint, in our layout or the official one")
     ask.add_argument("--hd", action="store_true", help="five tiles an image, for detail and text")
     ask.add_argument("--max-new-tokens", type=_positive, default=256, metavar="N", help="default: %(default)s")
     ask.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")

@@ -92,8 +92,8 @@ def _run(
     vision, text = config.vision_config, config.text_config
     served = backend.select("spatial_pool", torch.empty(0))
     say(
-        f"model       tower {vision.hidden_size} wide with {config.vision_layers} layers, decoder {text.hidden_size} wide "
-        f"with {text.num_attention_heads} heads and {text.num_hidden_layers} layers"
+        f"model       tower {vision.hidden_size} wide with {config.vision_layers} layers, "
+        f"decoder {text.hidden_size} wide with {text.num_attention_heads} heads and {text.num_hidden_layers} layers"
     )
     say(f"runs on     {torch.get_num_threads()} threads, fp32, fused ops served by the {served} backend")
 
@@ -121,8 +121,8 @@ def _run(
     console.print(_first_token_table(first_token))
 
     step("answering")
-    generate: Any = model.generate  # its annotations do not fit its own mixin
-    ids = generate(**asked, max_new_tokens=24, do_sample=False)[0, asked["input_ids"].shape[1] :]
+    answering: Any = model  # the annotations of generate do not fit its own mixin
+    ids = answering.generate(**asked, max_new_tokens=24, do_sample=False)[0, asked["input_ids"].shape[1] :]
     answer = _printable(str(tokenizer.decode(ids, skip_special_tokens=True)))
     say(f"question    {QUESTION}")
     say(f"answer      {answer}   (random weights: it means nothing)")

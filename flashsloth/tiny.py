@@ -34,11 +34,12 @@ def byte_tokenizer() -> PreTrainedTokenizerBase:
 
 
 def tiny_config(
-    tokenizer: PreTrainedTokenizerBase | None = None, *, layers: int = 3, **changes: Any
+    tokenizer: PreTrainedTokenizerBase | None = None, *, text: dict[str, Any] | None = None, **changes: Any
 ) -> FlashSlothConfig:
     """A configuration of a few thousand parameters, its ids those of :func:`byte_tokenizer`.
 
-    The grid is 6x6 vision tokens, pooled to 2x2; ``layers`` are those of the decoder; ``changes`` are fields of :class:`FlashSlothConfig`.
+    The grid is 6x6 vision tokens, pooled to 2x2. ``text`` are fields of the decoder's configuration, ``changes`` those
+    of :class:`FlashSlothConfig`.
     """
     vision = {
         "hidden_size": 32,
@@ -48,9 +49,11 @@ def tiny_config(
         "image_size": 42,
         "patch_size": 7,
     }
-    text = _phi(hidden_size=48, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=4)
+    decoder = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
     fields: dict[str, Any] = {"query_layer": 1, "query_dim": 16, "num_queries": 9, **changes}
-    return _with_ids(tokenizer or byte_tokenizer(), vision_config=vision, text_config=text, **fields)
+    return _with_ids(
+        tokenizer or byte_tokenizer(), vision_config=vision, text_config=_phi(**decoder | (text or {})), **fields
+    )
 
 
 def demo_config(tokenizer: PreTrainedTokenizerBase | None = None) -> FlashSlothConfig:
@@ -92,7 +95,7 @@ def processor_for(config: FlashSlothConfig, tokenizer: PreTrainedTokenizerBase |
     )
 
 
-def _phi(**fields: int) -> dict[str, Any]:
+def _phi(**fields: Any) -> dict[str, Any]:
     return {
         "model_type": "phi",
         "vocab_size": 272,

@@ -244,7 +244,7 @@ def test_inspect_counts_every_part(checkpoint: Path, capsys: pytest.CaptureFixtu
 
 @pytest.mark.parametrize("ending", [".safetensors", ".bin"])
 def test_inspect_reads_the_official_layout(tmp_path: Path, ending: str) -> None:
-    config = tiny.tiny_config(layers=8, query_layer=7, query_dim=576)
+    config = tiny.tiny_config(text={"num_hidden_layers": 8, "vocab_size": 50300}, query_layer=7, query_dim=576)
     tiny.random_model(config).save_pretrained(tmp_path / "ours")
     ours = inspect_checkpoint(tmp_path / "ours")
     stored = load_file(tmp_path / "ours" / "model.safetensors")
