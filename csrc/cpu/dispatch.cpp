@@ -1,4 +1,5 @@
 // Picks the copy of each kernel that was compiled for the instruction set in use (see isa.h).
+#include "embedded_query.h"
 #include "isa.h"
 #include "sparse_prefill.h"
 #include "spatial_pool.h"
@@ -32,6 +33,9 @@
 namespace flashsloth::cpu {
 FLASHSLOTH_DISPATCH(spatial_pool_forward, SpatialPoolForward)
 FLASHSLOTH_DISPATCH(spatial_pool_backward, SpatialPoolBackward)
+FLASHSLOTH_DISPATCH(image_state, ImageState)
+FLASHSLOTH_DISPATCH(embedded_query_forward, EmbeddedQueryForward)
+FLASHSLOTH_DISPATCH(embedded_query_backward, EmbeddedQueryBackward)
 FLASHSLOTH_DISPATCH(sparse_prefill_forward, SparsePrefillForward)
 FLASHSLOTH_DISPATCH(sparse_prefill_backward, SparsePrefillBackward)
 }  // namespace flashsloth::cpu
