@@ -81,9 +81,11 @@ class EmbeddedQuery(nn.Module):
         self, query: Tensor, text: Tensor, text_lengths: Tensor, image: Tensor, state: ImageState | None = None
     ) -> Tensor:
         """query ``(B, Q, Dm)``, text ``(B, T, Dm)``, image ``(Bi, N, Di)`` -> updated query rows ``(B, Q, Dm)``."""
-        return embedded_query_attention(
+        updated = embedded_query_attention(
             query, text, image, self.params(), num_heads=self.num_heads, text_lengths=text_lengths, image_state=state
         )
+        assert isinstance(updated, Tensor)
+        return updated
 
 
 class EmbeddedQueryLayer(nn.Module):

@@ -65,6 +65,7 @@ def fused(given: Inputs) -> Outputs:
         num_heads=given["heads"],
         image_state=given.get("state"),
     )
+    assert isinstance(out, Tensor)
     return {"query": out}
 
 
