@@ -32,6 +32,11 @@ _RENAMES = (
     (r"^lm_head\.", "language_model.lm_head."),
 )
 _HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision")
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 _SHOWN = 12  # names an error lists before it only counts
 
 
@@ -263,10 +268,22 @@ def _shards(directory: Path, variant: str | None = None) -> tuple[list[Path], di
 
 def read_tensors(directory: Path, variant: str | None = None) -> dict[str, Tensor]:
     """Every tensor of a checkpoint, mapped from its files where the format allows it."""
+    return _read_shards(directory, variant, _read_safetensors)
+
+
+def read_meta_tensors(directory: Path, variant: str | None = None) -> dict[str, Tensor]:
+    """As :func:`read_tensors`, on the meta device: names, shapes and dtypes from the headers of the files."""
+    found = _read_shards(directory, variant, _read_safetensors_header)
+    return {name: tensor.to("meta") for name, tensor in found.items()}
+
+
+def _read_shards(
+    directory: Path, variant: str | None, read_safetensors: Callable[[Path], dict[str, Tensor]]
+) -> dict[str, Tensor]:
     files, index = _shards(directory, variant)
     tensors: dict[str, Tensor] = {}
     for file in files:
-        read = _read_safetensors(file) if file.suffix == ".safetensors" else _read_bin(file)
+        read = read_safetensors(file) if file.suffix == ".safetensors" else _read_bin(file)
         twice = sorted(tensors.keys() & read.keys())
         if twice:
             raise ValueError(f"{file}: expected names no other shard has, got {_listed(twice)}")
@@ -284,6 +301,20 @@ def _read_safetensors(file: Path) -> dict[str, Tensor]:
             return {name: opened.get_tensor(name) for name in names}
     except SafetensorError as error:
         raise ValueError(f"{file}: expected a complete safetensors file, got one that fails: {error}") from error
+
+
+def _read_safetensors_header(file: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(str(file), framework="pt") as opened:
+            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  not a dict
+            return {
+                name: torch.empty(one.get_shape(), dtype=_DTYPES[one.get_dtype()], device="meta")
+                for name, one in slices.items()
+            }
+    except SafetensorError as error:
+        raise ValueError(f"{file}: expected a complete safetensors file, got one that fails: {error}") from error
+    except KeyError as error:
+        raise ValueError(f"{file}: expected dtypes of {', '.join(_DTYPES)}, got {error.args[0]}") from error
 
 
 def _read_bin(file: Path) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from flashsloth.checkpoint import is_official, read_tensors, rename
+from flashsloth.checkpoint import is_official, read_meta_tensors, rename
 from flashsloth.config import FlashSlothConfig
 from flashsloth.tokenization import read_json
 
@@ -63,7 +63,7 @@ class Inspection:
 
 
 def inspect_checkpoint(directory: Path) -> Inspection:
-    """Look into a checkpoint, ours or of the official layout. Weight files are mapped, not read.
+    """Look into a checkpoint, ours or of the official layout. Weights are not read, only what their files say of them.
 
     Raises:
         FileNotFoundError: no such directory, no ``config.json``, no weights or a shard missing.
@@ -77,7 +77,7 @@ def inspect_checkpoint(directory: Path) -> Inspection:
     if raw.get("model_type") != FlashSlothConfig.model_type:
         raise ValueError(f"{directory}: expected model_type 'flashsloth' in config.json, got {raw.get('model_type')!r}")
     config = FlashSlothConfig.from_pretrained(directory)
-    tensors = read_tensors(directory)
+    tensors = read_meta_tensors(directory)
     parameters = dict.fromkeys(PARTS.values(), 0)
     dtypes: dict[str, int] = {}
     for name, tensor in tensors.items():

@@ -59,11 +59,11 @@ def tiny_config(
 def demo_config(tokenizer: PreTrainedTokenizerBase | None = None) -> FlashSlothConfig:
     """The widths of the released model, where the fused ops are of full size, with few layers and a narrow MLP.
 
-    Tower 1152 wide with 4 layers of 27, decoder 2560 wide with 32 heads and 8 layers of 32: 0.4 billion parameters.
+    Tower 1152 wide with 4 layers of 27, decoder 2560 wide with 32 heads and 4 layers of 32: 0.2 billion parameters.
     """
     vision = SIGLIP_SO400M | {"num_hidden_layers": 5}  # the last is not used
-    text = _phi(hidden_size=2560, intermediate_size=2560, num_hidden_layers=8, num_attention_heads=32)
-    return _with_ids(tokenizer or byte_tokenizer(), vision_config=vision, text_config=text)
+    text = _phi(hidden_size=2560, intermediate_size=2560, num_hidden_layers=4, num_attention_heads=32)
+    return _with_ids(tokenizer or byte_tokenizer(), vision_config=vision, text_config=text, query_layer=2)
 
 
 def random_model(config: FlashSlothConfig, seed: int = 0) -> FlashSlothForConditionalGeneration:

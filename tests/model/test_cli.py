@@ -131,10 +131,10 @@ def test_full_size_demo_has_the_released_widths() -> None:
     assert config.vision_grid == (27, 27)
     assert config.vision_config.hidden_size == 1152
     assert (config.text_config.hidden_size, config.text_config.num_attention_heads) == (2560, 32)
-    assert (config.query_dim, config.num_queries, config.query_layer) == (576, 9, 7)
+    assert (config.query_dim, config.num_queries) == (576, 9)
     with torch.device("meta"):
         model = FlashSlothForConditionalGeneration(config)
-    assert 3e8 < sum(p.numel() for p in model.parameters()) < 5e8  # under 2 GB in fp32
+    assert 2e8 < sum(p.numel() for p in model.parameters()) < 3e8  # about 1 GB in fp32
 
 
 def test_pooling_weights_and_query_attention_are_distributions(photograph: Path) -> None:
@@ -286,7 +286,7 @@ def test_inspect_of_the_full_size_reads_no_weights(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(flat))
     before = _resident()
     found = inspect_checkpoint(tmp_path)
-    assert _resident() - before < 500e6
+    assert _resident() - before < 100e6
     assert found.total == 3_196_373_985
     assert found.tensors == 905
     assert found.parameters["learnable tokens"] == 9 * 2560
