@@ -25,6 +25,7 @@ from flashsloth.tiny import byte_tokenizer, demo_config, processor_for, random_m
 from flashsloth_ops import backend
 
 QUESTION, ANSWER, SECOND_QUESTION = "What is in the picture?", "I cannot say.", "What is in the background?"
+SAME_IMAGE = "another on the same image: kept with, encoded again without"
 WARNING = "No trained weights ship with this project yet: the weights are random, and the answer means nothing."
 CAPTION = (
     "The weights are random: this shows how the model looks, not what a trained one would look at. "
@@ -184,7 +185,7 @@ def _first_token_table(found: FirstToken) -> Table:
     table.add_column("question")
     for heading in ("with the fused ops", "without", ""):
         table.add_column(heading, justify="right", no_wrap=True)
-    for name, times in (("on a new image", found.new_image), ("another on the same image", found.same_image)):
+    for name, times in (("on a new image", found.new_image), (SAME_IMAGE, found.same_image)):
         table.add_row(name, _ms(times[FUSED]), _ms(times[PLAIN]), f"{times[PLAIN] / times[FUSED]:.2f}x")
     return table
 

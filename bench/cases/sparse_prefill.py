@@ -119,7 +119,7 @@ CASES = (
     Case(
         name="sparse_prefill/quarter",
         op="sparse_prefill",
-        title="sparse prefill S=2048, 32 heads of 80, a quarter kept",
+        title="sparse prefill S=2048, 32 heads of 80, 1/4 kept",
         mode="forward",
         size=FULL,
         small=SMALL,
