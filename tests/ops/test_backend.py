@@ -20,9 +20,14 @@ POOL = "import torch, flashsloth_ops as f; x = torch.ones(1, 9, 4); w = torch.on
 POOL += "print(f.spatial_attention_pool(x, w, o, o, o[:1], grid=(3, 3)).sum().item())"
 
 
+# An editable installation would find the extension for a copy of the package that has none.
+ALONE = "import sys; sys.meta_path = [f for f in sys.meta_path if '__editable__' not in getattr(f, '__module__', '')]\n"
+ENV = "import runpy, sys; sys.argv[1:] = ['env']; runpy.run_module('flashsloth_ops', run_name='__main__')"
+
+
 def python(code: str, *, path: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "PYTHONPATH": str(path), **environment}
-    command = [sys.executable, *(("-c", code) if " " in code else ("-m", code, "env"))]
+    command = [sys.executable, "-c", code if path == ROOT else ALONE + code]
     return subprocess.run(command, capture_output=True, text=True, env=env, cwd=path, check=False)
 
 
@@ -101,7 +106,7 @@ def test_environment_variable_and_log() -> None:
 
 
 def test_env_report() -> None:
-    result = python("flashsloth_ops")
+    result = python(ENV)
     assert result.returncode == 0, result.stderr
     assert f"torch           {torch.__version__}" in result.stdout
     for op in backend.OPS:
@@ -111,7 +116,7 @@ def test_env_report() -> None:
 
 
 def test_without_the_extension(copy: Path) -> None:
-    report = python("flashsloth_ops", path=copy)
+    report = python(ENV, path=copy)
     assert report.returncode == 0, report.stderr
     assert "extension       not built (run `pip install" in report.stdout
     result = python(POOL, path=copy)
@@ -126,7 +131,7 @@ def test_without_the_extension(copy: Path) -> None:
 def test_with_a_broken_extension(copy: Path) -> None:
     suffix = next(s for s in __import__("importlib.machinery").machinery.EXTENSION_SUFFIXES)
     (copy / "flashsloth_ops" / f"_C{suffix}").write_bytes(b"not a library")
-    report = python("flashsloth_ops", path=copy)
+    report = python(ENV, path=copy)
     assert report.returncode == 0, report.stderr
     assert "extension       does not load: " in report.stdout
     result = python(POOL, path=copy)
