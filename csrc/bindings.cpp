@@ -146,10 +146,24 @@ int64_t scalar(const std::optional<Tensor>& t) {
   return t ? *static_cast<const int64_t*>(dense(*t).const_data_ptr()) : 0;
 }
 
+// The public functions check what users pass and explain it. These checks are for raw calls of the ops, which must not
+// read out of bounds either.
+void expect(const char* op, bool fits, const std::string& what) {
+  if (!fits) throw std::runtime_error(std::string(op) + ": " + what);
+}
+
 // ---- spatial_pool ----
 
-// Geometry of a call: `grids` (images, 2) for packed tokens, else one (height, width) for every image of x. Checked
-// here once more, since a raw call of the op must not read out of bounds either.
+void expect_pool_inputs(const Tensor& x, const Tensor& w1, const Tensor& b1, const Tensor& w2, bool packed) {
+  constexpr const char* op = "spatial_pool";
+  expect(op, x.dim() == (packed ? 2 : 3), "x: expected (B, N, D), or (T, D) with grids");
+  expect(op, w1.dim() == 2 && w1.size(1) == x.size(x.dim() - 1), "w1: expected (Dh, D) with the D of x");
+  expect(op, b1.numel() == w1.size(0) && w2.numel() == w1.size(0), "b1, w2: expected Dh elements");
+  for (const Tensor& t : {w1, b1, w2})
+    expect(op, t.scalar_type() == x.scalar_type(), "w1, b1, w2: expected the dtype of x");
+}
+
+// Geometry of a call: `grids` (images, 2) for packed tokens, else one (height, width) for every image of x.
 struct PoolGeometry {
   std::optional<Tensor> packed;
   int64_t one[2];
@@ -159,23 +173,23 @@ struct PoolGeometry {
   PoolGeometry(const Tensor& x, const std::optional<Tensor>& grids_, int64_t height, int64_t width, int64_t ph,
                int64_t pw)
       : packed(dense(grids_)), one{height, width} {
-    if (packed && packed->scalar_type() != ScalarType::Long)
-      throw std::runtime_error("spatial_pool: grids: expected an int64 tensor (images, 2)");
+    expect("spatial_pool",
+           !packed || (packed->scalar_type() == ScalarType::Long && packed->dim() == 2 && packed->size(1) == 2),
+           "grids: expected an int64 tensor (images, 2)");
     grids.sizes = packed ? static_cast<const int64_t*>(packed->const_data_ptr()) : one;
     grids.uniform = !packed;
     grids.images = packed ? packed->size(0) : x.size(0);
     grids.window_height = ph;
     grids.window_width = pw;
     for (int64_t i = 0; i < grids.images; ++i) {
-      if (grids.height(i) < 0 || grids.width(i) < 0 || ph < 1 || pw < 1)
-        throw std::runtime_error("spatial_pool: grids: expected sides of 0 or more and windows of 1 or more");
+      expect("spatial_pool", grids.height(i) >= 0 && grids.width(i) >= 0 && ph >= 1 && pw >= 1,
+             "grids: expected sides of 0 or more and windows of 1 or more");
       tokens += grids.height(i) * grids.width(i);
       windows += grids.window_rows(i) * grids.window_columns(i);
     }
     const int64_t rows = packed ? x.size(0) : x.size(0) * x.size(1);
-    if (tokens != rows)
-      throw std::runtime_error("spatial_pool: grids: expected " + std::to_string(rows) +
-                               " tokens in all as x has, got " + std::to_string(tokens));
+    expect("spatial_pool", tokens == rows,
+           "grids: expected " + std::to_string(rows) + " tokens in all as x has, got " + std::to_string(tokens));
   }
 };
 
@@ -184,11 +198,15 @@ std::tuple<Tensor, Tensor, Tensor> spatial_pool(Tensor x_, Tensor w1_, Tensor b1
                                                 int64_t num_windows, int64_t window_height, int64_t window_width,
                                                 double dropout_p, std::optional<Tensor> seed, bool save_mask) {
   const Tensor x = dense(x_), w1 = dense(w1_), b1 = dense(b1_), w2 = dense(w2_), b2 = dense(b2_);
+  expect_pool_inputs(x, w1, b1, w2, grids.has_value());
   const PoolGeometry geometry(x, grids, height, width, window_height, window_width);
   const int64_t dim = w1.size(1), hidden = w1.size(0), tokens = geometry.tokens;
-  if (geometry.windows != num_windows * (grids ? 1 : x.size(0)))
-    throw std::runtime_error("spatial_pool: num_windows: expected " + std::to_string(geometry.windows) +
-                             " in all for these grids, got " + std::to_string(num_windows));
+  expect("spatial_pool", geometry.windows == num_windows * (grids ? 1 : x.size(0)),
+         "num_windows: expected " + std::to_string(geometry.windows) + " in all for these grids, got " +
+             std::to_string(num_windows));
+  expect("spatial_pool", b2.numel() == 1 && b2.scalar_type() == x.scalar_type(), "b2: expected one element as x");
+  expect("spatial_pool", dropout_p == 0 || (seed && seed->numel() == 1 && seed->scalar_type() == ScalarType::Long),
+         "seed: expected one int64 with dropout");
 
   Tensor y = empty(grids ? std::vector<int64_t>{num_windows, dim} : std::vector<int64_t>{x.size(0), num_windows, dim},
                    x.scalar_type());
@@ -211,8 +229,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> spatial_pool_backward(Tensor dy_, std
   const Tensor dy = dense(dy_), x = dense(x_), w1 = dense(w1_), b1 = dense(b1_), w2 = dense(w2_);
   const Tensor weights = dense(weights_), mask = dense(mask_);
   const std::optional<Tensor> dweights = dense(dweights_);
+  expect_pool_inputs(x, w1, b1, w2, grids.has_value());
   const PoolGeometry geometry(x, grids, height, width, window_height, window_width);
   const int64_t dim = w1.size(1), hidden = w1.size(0), tokens = geometry.tokens;
+  expect("spatial_pool", dy.numel() == geometry.windows * dim && dy.scalar_type() == x.scalar_type(),
+         "dy: expected (windows, D) in the dtype of x");
+  expect("spatial_pool",
+         weights.numel() == tokens && weights.scalar_type() == wide(x.scalar_type()) &&
+             (!dweights || (dweights->numel() == tokens && dweights->scalar_type() == weights.scalar_type())),
+         "weights, dweights: expected one fp32 number a token");
+  expect("spatial_pool", mask.numel() == tokens * ((hidden + 31) / 32) && mask.scalar_type() == ScalarType::Int,
+         "mask: expected what forward saves, int32 (tokens, ceil(Dh / 32))");
 
   const ScalarType dtype = x.scalar_type();
   std::vector<int64_t> dx_sizes(x.sizes().begin(), x.sizes().end());
@@ -230,9 +257,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> spatial_pool_backward(Tensor dy_, std
 
 // ---- embedded_query ----
 
-void expect(bool fits, const std::string& what) {
-  if (!fits) throw std::runtime_error("embedded_query: " + what);
-}
+void expect(bool fits, const std::string& what) { expect("embedded_query", fits, what); }
 
 std::tuple<Tensor, Tensor, Tensor> image_state(Tensor image_, Tensor weight_, Tensor bias_, double eps) {
   const Tensor image = dense(image_), weight = dense(weight_), bias = dense(bias_);

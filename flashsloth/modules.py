@@ -16,7 +16,7 @@ class PlainLinear(nn.Linear):
 
 
 class SpatialAttentionPool(nn.Module):
-    """Compress a grid of vision tokens by attention within windows (paper, section 3.2)."""
+    """Compress a grid of vision tokens by attention within windows (paper, "SAP")."""
 
     def __init__(self, config: FlashSlothConfig) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class LearnableTokens(nn.Module):
 
 
 class EmbeddedQuery(nn.Module):
-    """Let the embedded queries read their question and then the image (paper, section 3.3)."""
+    """Let the embedded queries read their question and then the image (paper, "EmbQ")."""
 
     def __init__(self, config: FlashSlothConfig) -> None:
         super().__init__()

@@ -150,7 +150,7 @@ def embedded_query_attention(
     eps: float = 1e-5,
     return_weights: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Let Q embedded queries read the question and then the image (arXiv 2412.04317, section 3.3).
+    """Let Q embedded queries read the question and then the image (arXiv 2412.04317, "EmbQ").
 
         told = attention(ln_q(down_text(query)) -> ln_text(down_text(text)))     no residual, no output projection
         seen = attention(told -> keys ln_kv(down_image(image)), values image)    scores scaled by 1/sqrt(E / heads)

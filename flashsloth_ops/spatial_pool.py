@@ -26,7 +26,7 @@ def spatial_attention_pool(
     return_weights: bool = False,
     num_windows: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Pool each window of a token grid by a softmax over learned scores (arXiv 2412.04317, section 3.2).
+    """Pool each window of a token grid by a softmax over learned scores (arXiv 2412.04317, "SAP").
 
         s_n = w2 . dropout(relu(w1 x_n + b1)) + b2      one score a token
         a   = softmax of s within a window              windows at an edge are smaller

@@ -1,4 +1,4 @@
-"""Embedded-query attention in plain PyTorch (FlashSloth, arXiv 2412.04317, section 3.3).
+"""Embedded-query attention in plain PyTorch (FlashSloth, arXiv 2412.04317, "EmbQ").
 
 :func:`embedded_query_attention` is what the op computes, written as the paper does. :func:`absorbed_forward` and
 :func:`absorbed_backward` are the same function as the fused kernels compute it (docs/kernels/embedded_query.md).

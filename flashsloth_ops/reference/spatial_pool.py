@@ -1,4 +1,4 @@
-"""Spatial attention pooling in plain PyTorch (FlashSloth, arXiv 2412.04317, section 3.2)."""
+"""Spatial attention pooling in plain PyTorch (FlashSloth, arXiv 2412.04317, "SAP")."""
 
 from __future__ import annotations
 

@@ -536,9 +536,29 @@ def test_errors(args: tuple[Any, ...], options: dict[str, Any], error: type[Exce
 
 
 @needs_extension
-def test_raw_op_refuses_a_foreign_grid() -> None:
-    """Even called below the checks, a grid that does not describe the tokens never reads out of bounds."""
+def test_raw_ops_refuse_what_would_be_read_out_of_bounds() -> None:
+    """Even called below the checks of the public function."""
     x, w1, b1, w2, b2 = make((22,), 8, 16)
-    for grid in (torch.tensor([[4, 3], [200, 5]]), torch.tensor([[-4, 3], [2, 5]])):
-        with pytest.raises(RuntimeError, match="grids"):
-            torch.ops.flashsloth.spatial_pool(x, w1, b1, w2[0], b2, grid, 0, 0, 4, 3, 3, 0.0, None, False)
+    good: dict[str, Any] = {"x": x, "w1": w1, "b1": b1, "w2": w2[0], "b2": b2, "grids": torch.tensor([[4, 3], [2, 5]])}
+    rest = (0, 0, 4, 3, 3, 0.0, None, True)
+    forward, backward = torch.ops.flashsloth.spatial_pool, torch.ops.flashsloth.spatial_pool_backward
+    y, weights, mask = forward(*good.values(), *rest)
+    for name, value in {
+        "grids": torch.tensor([[4, 3], [200, 5]]), "grids ": torch.tensor([[-4, 3], [2, 5]]), "w1": w1[:, 1:],
+        "b1": b1[1:], "w2": w2[0].double(), "x": x[None], "b2": b2[:0],
+    }.items():  # fmt: skip
+        with pytest.raises(RuntimeError, match=f"spatial_pool: .*{name.strip()}.*: expected"):
+            forward(*{**good, name.strip(): value}.values(), *rest)
+    with pytest.raises(RuntimeError, match="num_windows: expected 4 in all for these grids, got 5"):
+        forward(*good.values(), 0, 0, 5, 3, 3, 0.0, None, True)
+    with pytest.raises(RuntimeError, match="seed: expected one int64 with dropout"):
+        forward(*good.values(), 0, 0, 4, 3, 3, 0.5, None, True)
+    inputs = (x, w1, b1, w2[0])
+    geometry = (good["grids"], 0, 0, 3, 3, 0.0, True, True)
+    for dy, saved, bits, name in (
+        (y[1:], weights, mask, "dy"),
+        (y, weights[1:], mask, "weights"),
+        (y, weights, mask[:0], "mask"),
+    ):
+        with pytest.raises(RuntimeError, match=f"spatial_pool: {name}.*: expected"):
+            backward(dy, None, *inputs, saved, bits, *geometry)
