@@ -101,8 +101,8 @@ def write_ninja(
     import pybind11
 
     version = subprocess.run([cxx, "-dumpfullversion", "-dumpversion"], capture_output=True, text=True).stdout.strip()
-    includes = [CSRC, torch_dir / "include", torch_dir / "include/torch/csrc/api/include"]
-    includes += [Path(pybind11.get_include()), Path(sysconfig.get_paths()["include"])]
+    # pybind11 before torch, which has a copy of its own that refuses to serve the stable ABI.
+    includes = [CSRC, Path(pybind11.get_include()), Path(sysconfig.get_paths()["include"]), torch_dir / "include"]
     defines = f'-DTORCH_TARGET_VERSION=0x020a000000000000 -DFLASHSLOTH_COMPILER=\\"{cxx}\\ {version}\\" '
     defines += f'-DFLASHSLOTH_TORCH_VERSION=\\"{torch_version}\\"'
     shared = "-dynamiclib -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"

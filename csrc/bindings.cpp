@@ -21,6 +21,10 @@
 #include "cpu/sparse_prefill.h"
 #include "cpu/spatial_pool.h"
 
+#ifndef STABLE_TORCH_ERROR_CODE_CHECK  // its name in torch 2.10
+#define STABLE_TORCH_ERROR_CODE_CHECK TORCH_ERROR_CODE_CHECK
+#endif
+
 // oneDNN's linear layer in torch's C interface for compiled models; weak, as builds of torch without oneDNN lack it.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_cpu__linear_pointwise(
     AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle* bias, const char* attr, const double** scalars,
