@@ -357,9 +357,10 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _backward(ctx, dout, *_):  # type: ignore[no-untyped-def]
-    if not ctx.saved_tensors:
+    kept = ctx.saved_tensors  # once: checkpointing unpacks a second time by recomputing
+    if not kept:
         raise RuntimeError("embedded_query: no gradient without what forward keeps; call the op with save=True")
-    inputs, params, saved = ctx.saved_tensors[:7], ctx.saved_tensors[7:-5], ctx.saved_tensors[-5:]
+    inputs, params, saved = kept[:7], kept[7:-5], kept[-5:]
     need = ctx.needs_input_grad
     need_image, need_y, need_params = need[3], need[4], any(need[7])
     dquery, dtext, dimage, dy, dparams = torch.ops.flashsloth.embedded_query_backward(

@@ -131,12 +131,19 @@ def _check_indices(q: Tensor, k: Tensor, q_index: TokenIndex | None, k_index: To
                 raise ValueError(
                     f"{name}: expected a TokenIndex of {sequences} sequences as the other has, got None (one sequence)"
                 )
-    if q_index is k_index:
-        given.validate("index", q.device, sequences, q.shape[0 if packed else 2], packed=packed)
+    q_rows, k_rows = (t.shape[0 if packed else 2] for t in (q, k))
+    if q_index is not None and k_index is not None and q_rows == k_rows and _same(q_index, k_index):
+        q_index.validate("index", q.device, sequences, q_rows, packed=packed)
         return
-    for name, one, tensor in (("q_index", q_index, q), ("k_index", k_index, k)):
+    for name, one, rows in (("q_index", q_index, q_rows), ("k_index", k_index, k_rows)):
         if one is not None:
-            one.validate(name, tensor.device, sequences, tensor.shape[0 if packed else 2], packed=packed)
+            one.validate(name, q.device, sequences, rows, packed=packed)
+
+
+def _same(a: TokenIndex, b: TokenIndex) -> bool:
+    """One index for both sides, by its tensors: torch 2.10 cannot trace ``is`` between named tuples."""
+    tensors = a.indices is b.indices and a.cu_seqlens is b.cu_seqlens and a.positions is b.positions
+    return tensors and a.max_seqlen == b.max_seqlen
 
 
 def _check_importance_rows(q: Tensor, rows: Tensor) -> Tensor:

@@ -193,9 +193,10 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _backward(ctx, dy, dweights, _):  # type: ignore[no-untyped-def]
-    if not ctx.saved_tensors:
+    saved = ctx.saved_tensors  # once: checkpointing unpacks a second time by recomputing
+    if not saved:
         raise RuntimeError("spatial_pool: no gradient without the mask; call the op with save_mask=True")
-    x, w1, b1, w2, weights, mask, grids = ctx.saved_tensors
+    x, w1, b1, w2, weights, mask, grids = saved
     height, width, num_windows, ph, pw = ctx.geometry
     need_dx, need_dw, need_db2 = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:4]), ctx.needs_input_grad[4]
     if dy is None:  # only the weights are used
