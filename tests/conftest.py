@@ -1,0 +1,10 @@
+"""Settings of all tests."""
+
+import os
+
+from hypothesis import HealthCheck, settings
+
+# A shared machine may be slow, which is no failure; and CI tries the same shapes each time, other runs new ones.
+settings.register_profile("machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("ci", settings.get_profile("machine"), derandomize=True)
+settings.load_profile("ci" if os.environ.get("CI") else "machine")
