@@ -1,4 +1,4 @@
-"""Argument checks: every message names the argument, what was expected and what came."""
+"""Argument checks (every message names the argument, what was expected and what came) and dtypes of the ops."""
 
 from __future__ import annotations
 
@@ -51,6 +51,11 @@ def probability(name: str, value: float) -> float:
     if not 0.0 <= value < 1.0:
         raise ValueError(f"{name}: expected a probability in [0, 1), got {value}")
     return float(value)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What sums, softmax and statistics are kept in: fp32, and fp64 for fp64."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:

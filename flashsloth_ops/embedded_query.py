@@ -262,8 +262,8 @@ def _check_state(state: ImageState, image: Tensor, params: EmbeddedQueryParams) 
     check.shape("image_state.y", y, (*image.shape[:2], params.down_image_bias.shape[0]), " with the Bi and N of image")
     for name, value in (("mean", mean), ("rstd", rstd)):
         t = check.tensor(f"image_state.{name}", value)
-        if t.dtype != _wide(image.dtype) or t.device != image.device:
-            wanted = f"{backend.short(_wide(image.dtype))} on {image.device}"
+        if t.dtype != check.wide(image.dtype) or t.device != image.device:
+            wanted = f"{backend.short(check.wide(image.dtype))} on {image.device}"
             raise TypeError(f"image_state.{name}: expected {wanted}, got {backend.short(t.dtype)} on {t.device}")
         check.shape(f"image_state.{name}", t, tuple(image.shape[:2]), " with the Bi and N of image")
     return ImageState(y, mean, rstd)
@@ -289,13 +289,9 @@ torch.library.define(
 )
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
 @torch.library.register_fake("flashsloth::image_state")
 def _fake_state(image: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    statistic = image.new_empty(image.shape[:2], dtype=_wide(image.dtype))
+    statistic = image.new_empty(image.shape[:2], dtype=check.wide(image.dtype))
     return image.new_empty((*image.shape[:2], weight.shape[0])), statistic, torch.empty_like(statistic)
 
 
@@ -303,7 +299,7 @@ def _fake_state(image: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tupl
 def _fake(query, text, text_lengths, image, y, mean, rstd, params, num_heads, eps, return_weights, save):  # type: ignore[no-untyped-def]
     batch, queries, _ = query.shape
     tokens, dim = image.shape[1:]
-    inner, kept, wide = y.shape[2], batch if save else 0, _wide(query.dtype)
+    inner, kept, wide = y.shape[2], batch if save else 0, check.wide(query.dtype)
     return (
         query.new_empty(query.shape),
         query.new_empty((batch if return_weights else 0, queries, tokens), dtype=wide),
@@ -384,7 +380,7 @@ def _backward(ctx, dout, *_):  # type: ignore[no-untyped-def]
 
 def _plain_state(image: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     y = torch.nn.functional.linear(image, weight, bias)
-    wide = y.detach().to(_wide(y.dtype))
+    wide = y.detach().to(check.wide(y.dtype))
     mean = wide.mean(-1)
     return y, mean, torch.rsqrt((wide - mean[..., None]).square().mean(-1) + eps)
 

@@ -181,10 +181,6 @@ torch.library.define(
 )
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
 def _empty_token_major(like: Tensor) -> Tensor:
     """Memory in the order (batch, row, head, d), which the projection after attention reads as a matrix."""
     if like.dim() == 3:
@@ -201,7 +197,7 @@ def _token_major(t: Tensor) -> Tensor:
 def _fake(q: Tensor, k: Tensor, v: Tensor, *rest):  # type: ignore[no-untyped-def]
     listed = rest[-1]
     received = (0,) if listed is None else (k.shape[0],) if k.dim() == 3 else (k.shape[0], k.shape[2])
-    wide = _wide(q.dtype)
+    wide = check.wide(q.dtype)
     return _empty_token_major(q), q.new_empty(q.shape[:-1], dtype=wide), q.new_empty(received, dtype=wide)
 
 

@@ -150,10 +150,6 @@ torch.library.define(
 )
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
-
-
 @torch.library.register_fake("flashsloth::spatial_pool")
 def _fake(
     x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, grids: Tensor | None, height: int, width: int,
@@ -161,7 +157,7 @@ def _fake(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     tokens = math.prod(x.shape[:-1])
     y = x.new_empty((*x.shape[:-2], num_windows, x.shape[-1]))
-    weights = x.new_empty(x.shape[:-1], dtype=_wide(x.dtype))
+    weights = x.new_empty(x.shape[:-1], dtype=check.wide(x.dtype))
     mask = x.new_empty((tokens if save_mask else 0, (w1.shape[0] + 31) // 32), dtype=torch.int32)
     return y, weights, mask
 

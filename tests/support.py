@@ -21,6 +21,9 @@ GOLDEN = (ROOT / "tests" / "golden", Path(os.environ.get("FLASHSLOTH_GOLDEN", RO
 
 needs_extension = pytest.mark.skipif(_extension.module is None, reason=f"extension: {_extension.error}")
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BACKENDS = ("reference", pytest.param("cpu", marks=needs_extension))
+
 
 def golden_path(name: str) -> Path:
     """A golden case or file; skips the test where it is not at hand."""

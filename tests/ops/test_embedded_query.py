@@ -19,6 +19,8 @@ from flashsloth_ops import EmbeddedQueryParams, ImageState, embedded_query_atten
 from flashsloth_ops import embedded_query as module
 from flashsloth_ops.reference import embedded_query as reference
 from tests.support import (
+    BACKENDS,
+    DTYPES,
     ISAS,
     Golden,
     assert_error_rule,
@@ -30,8 +32,6 @@ from tests.support import (
     threads,
 )
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BACKENDS = ("reference", pytest.param("cpu", marks=needs_extension))
 # The softmax does not see a shift of all scores of a row: these gradients are exactly zero.
 UNSEEN = ("t2q_k_bias", "i2q_k_bias", "ln_kv_bias")
 

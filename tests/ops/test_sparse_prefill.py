@@ -15,6 +15,8 @@ from torch import Tensor
 from flashsloth_ops import TokenIndex, token_sparse_prefill, use_backend
 from flashsloth_ops.reference import sparse_prefill as reference
 from tests.support import (
+    BACKENDS,
+    DTYPES,
     ISAS,
     assert_error_rule,
     gradients,
@@ -23,9 +25,6 @@ from tests.support import (
     poisoned,
     threads,
 )
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BACKENDS = ("reference", pytest.param("cpu", marks=needs_extension))
 
 
 def make(

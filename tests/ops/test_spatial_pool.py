@@ -15,6 +15,8 @@ from torch import Tensor
 from flashsloth_ops import spatial_attention_pool, use_backend
 from flashsloth_ops.reference import spatial_pool as reference
 from tests.support import (
+    BACKENDS,
+    DTYPES,
     ISAS,
     Golden,
     assert_error_rule,
@@ -25,9 +27,6 @@ from tests.support import (
     poisoned,
     threads,
 )
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BACKENDS = ("reference", pytest.param("cpu", marks=needs_extension))
 
 
 def make(
