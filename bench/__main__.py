@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -97,7 +98,7 @@ def served_by(op: str) -> str:
     reasons: list[str] = []
     for rule in backend.RULES:
         if rule.op == op:
-            reason = rule.missing()
+            reason = rule.why_not("cpu", torch.float32)
             if reason is None:
                 return "; ".join([rule.backend, *reasons])
             reasons.append(f"not {rule.backend}: {reason}")

@@ -46,7 +46,7 @@ def table() -> list[str]:
     rows = [("op", "backend", "device", "dtypes", "")]
     for rule in backend.RULES:
         dtypes = " ".join(backend.short(d) for d in rule.dtypes)
-        note = rule.missing() or ("" if rule.max_head_dim is None else f"head size to {rule.max_head_dim}")
+        note = (rule.missing(rule.devices[0]) if rule.devices else None) or rule.limits()
         rows.append((rule.op, rule.backend, ",".join(rule.devices or ("any",)), dtypes, note))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     return [

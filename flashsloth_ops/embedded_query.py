@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flashsloth_ops import _checks as check
+from flashsloth_ops import _library as library
 from flashsloth_ops import backend
 from flashsloth_ops.reference import embedded_query as reference
 
@@ -131,11 +132,11 @@ class ImageState(NamedTuple):
         check.like("down_image_bias", bias, image, "image")
         check.shape("down_image_weight", weight, ("E", image.shape[2]), " with the Di of image")
         check.shape("down_image_bias", bias, (weight.shape[0],))
-        chosen = backend.select("embedded_query", image)
+        chosen = backend.select("embedded_query", image, batch=image.shape[0])
         backend.log_call("image_state", chosen, image=image, weight=weight)
         if chosen == "reference":
             return cls(*_plain_state(image, weight, bias, eps))
-        return cls(*torch.ops.flashsloth.image_state(image, weight, bias, eps))
+        return cls(*library.kernel("image_state", chosen)(image, weight, bias, eps))
 
 
 def embedded_query_attention(
@@ -189,7 +190,7 @@ def embedded_query_attention(
     _check_inputs(query, text, image, params, num_heads)
     lengths = None if text_lengths is None else _check_lengths(text_lengths, text)
 
-    chosen = backend.select("embedded_query", query)
+    chosen = backend.select("embedded_query", query, batch=query.shape[0])
     if image_state is None:
         state = ImageState.from_image(image, params, eps=eps)
     else:
@@ -203,7 +204,7 @@ def embedded_query_attention(
     else:
         used = params._kernel_params()
         save = torch.is_grad_enabled() and any(t.requires_grad for t in (query, text, image, state.y, *used))
-        out, weights, *_ = torch.ops.flashsloth.embedded_query(
+        out, weights, *_ = library.kernel("embedded_query", chosen)(
             query, text, lengths, image, *state, used, num_heads, eps, return_weights, save
         )
     return (out, weights) if return_weights else out
@@ -269,33 +270,14 @@ def _check_state(state: ImageState, image: Tensor, params: EmbeddedQueryParams) 
     return ImageState(y, mean, rstd)
 
 
-# ---- the ops: schemas, fakes, autograd ----
-
-_INPUTS = "Tensor query, Tensor text, Tensor? text_lengths, Tensor image, Tensor y, Tensor mean, Tensor rstd, "
-_INPUTS += "Tensor[] params, "
-_SAVED = "Tensor hidden, Tensor told, Tensor pooled, Tensor seen, Tensor softmax"
-torch.library.define(
-    "flashsloth::image_state",
-    "(Tensor image, Tensor weight, Tensor bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)",
-)
-torch.library.define(
-    "flashsloth::embedded_query",
-    f"({_INPUTS} int num_heads, float eps, bool return_weights, bool save) -> (Tensor out, Tensor weights, {_SAVED})",
-)
-torch.library.define(
-    "flashsloth::embedded_query_backward",
-    f"(Tensor dout, {_INPUTS} {_SAVED}, int num_heads, float eps, bool need_image, bool need_y, bool need_params)"
-    " -> (Tensor dquery, Tensor dtext, Tensor dimage, Tensor dy, Tensor[] dparams)",
-)
+# ---- the ops: fakes, autograd, default implementations, schemas ----
 
 
-@torch.library.register_fake("flashsloth::image_state")
 def _fake_state(image: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     statistic = image.new_empty(image.shape[:2], dtype=check.wide(image.dtype))
     return image.new_empty((*image.shape[:2], weight.shape[0])), statistic, torch.empty_like(statistic)
 
 
-@torch.library.register_fake("flashsloth::embedded_query")
 def _fake(query, text, text_lengths, image, y, mean, rstd, params, num_heads, eps, return_weights, save):  # type: ignore[no-untyped-def]
     batch, queries, _ = query.shape
     tokens, dim = image.shape[1:]
@@ -311,7 +293,6 @@ def _fake(query, text, text_lengths, image, y, mean, rstd, params, num_heads, ep
     )
 
 
-@torch.library.register_fake("flashsloth::embedded_query_backward")
 def _fake_backward(  # type: ignore[no-untyped-def]
     dout, query, text, text_lengths, image, y, mean, rstd, params, hidden, told, pooled, seen, softmax, num_heads, eps,
     need_image, need_y, need_params,
@@ -359,7 +340,8 @@ def _backward(ctx, dout, *_):  # type: ignore[no-untyped-def]
     inputs, params, saved = kept[:7], kept[7:-5], kept[-5:]
     need = ctx.needs_input_grad
     need_image, need_y, need_params = need[3], need[4], any(need[7])
-    dquery, dtext, dimage, dy, dparams = torch.ops.flashsloth.embedded_query_backward(
+    run = library.backward_kernel("embedded_query_backward", ctx.overload, dout.device.type)
+    dquery, dtext, dimage, dy, dparams = run(
         dout, *inputs, list(params), *saved, ctx.num_heads, ctx.eps, need_image, need_y, need_params
     )
     return (
@@ -373,9 +355,6 @@ def _backward(ctx, dout, *_):  # type: ignore[no-untyped-def]
         [d if n else None for d, n in zip(dparams, need[7], strict=True)],
         *(None,) * 4,
     )
-
-
-# Compiled kernels override these on their devices; elsewhere, and without the extension, the ops still work.
 
 
 def _plain_state(image: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -399,8 +378,33 @@ def _plain_backward(*args):  # type: ignore[no-untyped-def]
     return dquery, dtext, dimage, dy, [d if need_params else d[:0].clone() for d in dparams]
 
 
-torch.library.impl("flashsloth::image_state", "CompositeExplicitAutograd", _plain_state)
-torch.library.impl("flashsloth::embedded_query", "CompositeExplicitAutograd", _plain)
-torch.library.impl("flashsloth::embedded_query_backward", "CompositeExplicitAutograd", _plain_backward)
-torch.library.register_autograd("flashsloth::image_state", _backward_state, setup_context=_setup_state)
-torch.library.register_autograd("flashsloth::embedded_query", _backward, setup_context=_setup_context)
+_INPUTS = "Tensor query, Tensor text, Tensor? text_lengths, Tensor image, Tensor y, Tensor mean, Tensor rstd, "
+_INPUTS += "Tensor[] params, "
+_SAVED = "Tensor hidden, Tensor told, Tensor pooled, Tensor seen, Tensor softmax"
+library.define(
+    "embedded_query",
+    "image_state",
+    "(Tensor image, Tensor weight, Tensor bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)",
+    fake=_fake_state,
+    plain=_plain_state,
+    setup_context=_setup_state,
+    backward=_backward_state,
+)
+library.define(
+    "embedded_query",
+    "embedded_query",
+    f"({_INPUTS} int num_heads, float eps, bool return_weights, bool save) -> (Tensor out, Tensor weights, {_SAVED})",
+    fake=_fake,
+    plain=_plain,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+library.define(
+    "embedded_query",
+    "embedded_query_backward",
+    f"(Tensor dout, {_INPUTS} {_SAVED}, int num_heads, float eps, bool need_image, bool need_y, bool need_params)"
+    " -> (Tensor dquery, Tensor dtext, Tensor dimage, Tensor dy, Tensor[] dparams)",
+    fake=_fake_backward,
+    plain=_plain_backward,
+    overloads=("default", "triton"),
+)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from flashsloth_ops import _checks as check
+from flashsloth_ops import _library as library
 from flashsloth_ops import backend
 from flashsloth_ops.reference import sparse_prefill as reference
 from flashsloth_ops.token_index import TokenIndex
@@ -72,7 +73,7 @@ def token_sparse_prefill(
             q, k, v, q_index, k_index, causal=causal, scale=scale, importance_rows=rows
         )
     else:
-        out, lse, importance = torch.ops.flashsloth.sparse_prefill(
+        out, lse, importance = library.kernel("sparse_prefill", chosen)(
             q, k, v, *_fields(q_index), *_fields(k_index), bool(causal), float(scale), rows
         )
     wanted = [out]
@@ -164,21 +165,7 @@ def _fields(index: TokenIndex | None) -> tuple[Tensor | None, Tensor | None, Ten
     return *narrow, index.max_seqlen  # type: ignore[return-value]
 
 
-# ---- the op: schema, fake, default implementation, autograd ----
-
-_INDEX = (
-    "Tensor? q_indices, Tensor? q_cu_seqlens, Tensor? q_positions, SymInt q_max_seqlen, "
-    "Tensor? k_indices, Tensor? k_cu_seqlens, Tensor? k_positions, SymInt k_max_seqlen, bool causal, float scale"
-)
-torch.library.define(
-    "flashsloth::sparse_prefill",
-    f"(Tensor q, Tensor k, Tensor v, {_INDEX}, Tensor? importance_rows) -> (Tensor out, Tensor lse, Tensor importance)",
-)
-torch.library.define(
-    "flashsloth::sparse_prefill_backward",
-    f"(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_INDEX})"
-    " -> (Tensor dq, Tensor dk, Tensor dv)",
-)
+# ---- the op: fake, autograd, default implementation, schema ----
 
 
 def _empty_token_major(like: Tensor) -> Tensor:
@@ -193,7 +180,6 @@ def _token_major(t: Tensor) -> Tensor:
     return t.clone(memory_format=torch.contiguous_format) if t.dim() == 3 else _empty_token_major(t).copy_(t)
 
 
-@torch.library.register_fake("flashsloth::sparse_prefill")
 def _fake(q: Tensor, k: Tensor, v: Tensor, *rest):  # type: ignore[no-untyped-def]
     listed = rest[-1]
     received = (0,) if listed is None else (k.shape[0],) if k.dim() == 3 else (k.shape[0], k.shape[2])
@@ -201,7 +187,6 @@ def _fake(q: Tensor, k: Tensor, v: Tensor, *rest):  # type: ignore[no-untyped-de
     return _empty_token_major(q), q.new_empty(q.shape[:-1], dtype=wide), q.new_empty(received, dtype=wide)
 
 
-@torch.library.register_fake("flashsloth::sparse_prefill_backward")
 def _fake_backward(dout, dlse, q: Tensor, k: Tensor, v: Tensor, *rest):  # type: ignore[no-untyped-def]
     return _empty_token_major(q), _empty_token_major(k), _empty_token_major(v)
 
@@ -220,14 +205,12 @@ def _backward(ctx, dout, dlse, _):  # type: ignore[no-untyped-def]
         return (None,) * 14
     q, k, v, out, lse, q_rows, q_cu, q_positions, k_rows, k_cu, k_positions = ctx.saved_tensors
     dout = torch.zeros_like(out) if dout is None else dout  # only the log-sum-exp is used
-    gradients = torch.ops.flashsloth.sparse_prefill_backward(
+    run = library.backward_kernel("sparse_prefill_backward", ctx.overload, q.device.type)
+    gradients = run(
         dout, dlse, q, k, v, out, lse, q_rows, q_cu, q_positions, ctx.bounds[0], k_rows, k_cu, k_positions,
         ctx.bounds[1], ctx.causal, ctx.scale,
     )  # fmt: skip
     return *gradients, *(None,) * 11
-
-
-# Compiled kernels override these two on their devices; elsewhere, and without the extension, the op still works.
 
 
 def _index(rows: Tensor | None, cu_seqlens: Tensor | None, positions: Tensor | None, bound: int) -> TokenIndex | None:
@@ -252,6 +235,25 @@ def _plain_backward(dout, dlse, q, k, v, out, lse, *rest):  # type: ignore[no-un
     return tuple(_token_major(g) for g in gradients)
 
 
-torch.library.impl("flashsloth::sparse_prefill", "CompositeExplicitAutograd", _plain)
-torch.library.impl("flashsloth::sparse_prefill_backward", "CompositeExplicitAutograd", _plain_backward)
-torch.library.register_autograd("flashsloth::sparse_prefill", _backward, setup_context=_setup_context)
+_INDEX = (
+    "Tensor? q_indices, Tensor? q_cu_seqlens, Tensor? q_positions, SymInt q_max_seqlen, "
+    "Tensor? k_indices, Tensor? k_cu_seqlens, Tensor? k_positions, SymInt k_max_seqlen, bool causal, float scale"
+)
+library.define(
+    "sparse_prefill",
+    "sparse_prefill",
+    f"(Tensor q, Tensor k, Tensor v, {_INDEX}, Tensor? importance_rows) -> (Tensor out, Tensor lse, Tensor importance)",
+    fake=_fake,
+    plain=_plain,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+library.define(
+    "sparse_prefill",
+    "sparse_prefill_backward",
+    f"(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_INDEX})"
+    " -> (Tensor dq, Tensor dk, Tensor dv)",
+    fake=_fake_backward,
+    plain=_plain_backward,
+    overloads=("default", "triton"),
+)

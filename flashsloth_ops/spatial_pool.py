@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flashsloth_ops import _checks as check
+from flashsloth_ops import _library as library
 from flashsloth_ops import backend
 from flashsloth_ops.reference import spatial_pool as reference
 
@@ -66,7 +67,7 @@ def spatial_attention_pool(
         num_windows = -(-height // window[0]) * -(-width // window[1])
     seed = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=x.device) if p > 0.0 else None
 
-    chosen = backend.select("spatial_pool", x)
+    chosen = backend.select("spatial_pool", x, batch=x.shape[0] if grids is None else grids.shape[0])
     backend.log_call("spatial_pool", chosen, x=x, w1=w1)
     if chosen == "reference":
         size = (height, width) if grids is None else grids
@@ -75,7 +76,7 @@ def spatial_attention_pool(
         )
     else:
         save = torch.is_grad_enabled() and any(t.requires_grad for t in (x, w1, b1, w2, b2))
-        y, weights, _ = torch.ops.flashsloth.spatial_pool(
+        y, weights, _ = library.kernel("spatial_pool", chosen)(
             x, w1, b1, w2, b2, grids, height, width, num_windows, *window, p, seed, save
         )
     return (y, weights) if return_weights else y
@@ -134,23 +135,9 @@ def _check_packed(
     return grid.to(torch.int64), 0, 0, counted
 
 
-# ---- the op: schema, fake, default implementation, autograd ----
-
-torch.library.define(
-    "flashsloth::spatial_pool",
-    "(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor? grids, SymInt height, SymInt width, "
-    "SymInt num_windows, int window_height, int window_width, float dropout_p, Tensor? seed, bool save_mask)"
-    " -> (Tensor y, Tensor weights, Tensor mask)",
-)
-torch.library.define(
-    "flashsloth::spatial_pool_backward",
-    "(Tensor dy, Tensor? dweights, Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor weights, Tensor mask, "
-    "Tensor? grids, SymInt height, SymInt width, int window_height, int window_width, float dropout_p, "
-    "bool need_dx, bool need_dw) -> (Tensor dx, Tensor dw1, Tensor db1, Tensor dw2)",
-)
+# ---- the op: fake, autograd, default implementation, schema ----
 
 
-@torch.library.register_fake("flashsloth::spatial_pool")
 def _fake(
     x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, grids: Tensor | None, height: int, width: int,
     num_windows: int, window_height: int, window_width: int, dropout_p: float, seed: Tensor | None, save_mask: bool,
@@ -162,7 +149,6 @@ def _fake(
     return y, weights, mask
 
 
-@torch.library.register_fake("flashsloth::spatial_pool_backward")
 def _fake_backward(
     dy: Tensor, dweights: Tensor | None, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, weights: Tensor, mask: Tensor,
     grids: Tensor | None, height: int, width: int, window_height: int, window_width: int, dropout_p: float,
@@ -197,14 +183,11 @@ def _backward(ctx, dy, dweights, _):  # type: ignore[no-untyped-def]
     need_dx, need_dw, need_db2 = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:4]), ctx.needs_input_grad[4]
     if dy is None:  # only the weights are used
         dy = x.new_zeros((*x.shape[:-2], num_windows, x.shape[-1]))
-    dx, dw1, db1, dw2 = torch.ops.flashsloth.spatial_pool_backward(
+    dx, dw1, db1, dw2 = library.backward_kernel("spatial_pool_backward", ctx.overload, x.device.type)(
         dy, dweights, x, w1, b1, w2, weights, mask, grids, height, width, ph, pw, ctx.dropout_p, need_dx, need_dw
     )
     db2 = w2.new_zeros(1) if need_db2 else None  # the softmax does not see a shift of all scores
     return dx if need_dx else None, *((dw1, db1, dw2) if need_dw else (None,) * 3), db2, *(None,) * 9
-
-
-# Compiled kernels override these two on their devices; elsewhere, and without the extension, the op still works.
 
 
 def _plain(x, w1, b1, w2, b2, grids, height, width, num_windows, ph, pw, p, seed, save_mask):  # type: ignore[no-untyped-def]
@@ -223,6 +206,24 @@ def _plain_backward(dy, dweights, x, w1, b1, w2, weights, mask, grids, height, w
     return tuple(g if want else g[:0].clone() for g, want in zip(grads, wanted, strict=True))
 
 
-torch.library.impl("flashsloth::spatial_pool", "CompositeExplicitAutograd", _plain)
-torch.library.impl("flashsloth::spatial_pool_backward", "CompositeExplicitAutograd", _plain_backward)
-torch.library.register_autograd("flashsloth::spatial_pool", _backward, setup_context=_setup_context)
+library.define(
+    "spatial_pool",
+    "spatial_pool",
+    "(Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor? grids, SymInt height, SymInt width, "
+    "SymInt num_windows, int window_height, int window_width, float dropout_p, Tensor? seed, bool save_mask)"
+    " -> (Tensor y, Tensor weights, Tensor mask)",
+    fake=_fake,
+    plain=_plain,
+    setup_context=_setup_context,
+    backward=_backward,
+)
+library.define(
+    "spatial_pool",
+    "spatial_pool_backward",
+    "(Tensor dy, Tensor? dweights, Tensor x, Tensor w1, Tensor b1, Tensor w2, Tensor weights, Tensor mask, "
+    "Tensor? grids, SymInt height, SymInt width, int window_height, int window_width, float dropout_p, "
+    "bool need_dx, bool need_dw) -> (Tensor dx, Tensor dw1, Tensor db1, Tensor dw2)",
+    fake=_fake_backward,
+    plain=_plain_backward,
+    overloads=("default", "triton"),
+)

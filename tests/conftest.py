@@ -2,7 +2,13 @@
 
 import os
 
+import torch
 from hypothesis import HealthCheck, settings
+
+if not torch.cuda.is_available():
+    os.environ.setdefault(
+        "TRITON_INTERPRET", "1"
+    )  # read when kernels are defined, so before flashsloth_ops is imported
 
 # A shared machine may be slow, which is no failure; and CI tries the same shapes each time, other runs new ones.
 settings.register_profile("machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from flashsloth_ops import _extension
+from flashsloth_ops import _extension, backend, use_backend
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = (ROOT / "tests" / "golden", Path(os.environ.get("FLASHSLOTH_GOLDEN", ROOT.parent / "shared" / "golden")))
@@ -23,6 +24,56 @@ needs_extension = pytest.mark.skipif(_extension.module is None, reason=f"extensi
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 BACKENDS = ("reference", pytest.param("cpu", marks=needs_extension))
+
+
+@dataclass(frozen=True)
+class Place:
+    """A backend on a device. ``with place:`` forces the backend."""
+
+    backend: str
+    device: str = "cpu"
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """Dtypes to test there: Triton's interpreter, which serves CPU tensors, has no bf16 arithmetic."""
+        if self.backend == "cuda":
+            return (torch.bfloat16, torch.float16)
+        return (torch.float32, torch.float16) if self.backend == "triton" and self.device == "cpu" else DTYPES
+
+    def __enter__(self) -> None:
+        stack = _entered.setdefault(self, [])
+        stack.append(use_backend(self.backend))
+        stack[-1].__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        _entered[self].pop().__exit__(*error)
+
+    def __str__(self) -> str:
+        return self.backend if self.device == "cpu" else f"{self.backend}-gpu"
+
+
+_entered: dict[Place, list[Any]] = {}
+
+INTERPRETER = Place("triton")
+GPU_MARKS = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")]
+
+
+def skip_missing(reason: str | None) -> list[pytest.MarkDecorator]:
+    return [pytest.mark.skipif(reason is not None, reason=str(reason))]
+
+
+# Triton's kernels under the interpreter, then the backends on a GPU. The op tests run over these, with tensors made on
+# the CPU and moved there (``gradients`` does).
+TRITON = (
+    pytest.param(INTERPRETER, marks=skip_missing(backend.triton_missing("cpu")), id="triton"),
+    pytest.param(Place("triton", "cuda"), marks=GPU_MARKS, id="triton-gpu"),
+)
+CUDA = (pytest.param(Place("cuda", "cuda"), marks=GPU_MARKS, id="cuda-gpu"),)
+PLACES = (
+    pytest.param(Place("reference"), id="reference"),
+    pytest.param(Place("cpu"), marks=needs_extension, id="cpu"),
+    *TRITON,
+)
 
 
 def golden_path(name: str) -> Path:
@@ -98,18 +149,20 @@ def assert_error_rule(fused: Tensor, plain: Tensor, exact: Tensor, dtype: torch.
     )
 
 
-def gradients(run: Callable[..., Any], inputs: list[Tensor], seed: int = 7) -> tuple[list[Tensor], list[Tensor]]:
-    """Outputs of ``run`` and the gradients of a fixed random functional of them, for every input."""
-    inputs = [t.detach().clone().requires_grad_(t.is_floating_point()) for t in inputs]
+def gradients(
+    run: Callable[..., Any], inputs: list[Tensor], seed: int = 7, device: str = "cpu"
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Outputs of ``run`` on a device, and gradients of a fixed random functional of them for all inputs; on the CPU."""
+    inputs = [t.detach().to(device, copy=True).requires_grad_(t.is_floating_point()) for t in inputs]
     result = run(*inputs)
     outputs = list(result) if isinstance(result, (tuple, list)) else [result]
     generator = torch.Generator().manual_seed(seed)
     live = [o for o in outputs if o.requires_grad]
-    cotangents = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in live]
+    cotangents = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in live]
     wanted = [t for t in inputs if t.requires_grad]
     found = torch.autograd.grad(live, wanted, cotangents, allow_unused=True)
     grads = [torch.zeros_like(t) if g is None else g for t, g in zip(wanted, found, strict=True)]
-    return [o.detach() for o in outputs], grads
+    return [o.detach().cpu() for o in outputs], [g.cpu() for g in grads]
 
 
 @contextmanager

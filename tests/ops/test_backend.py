@@ -72,11 +72,14 @@ def test_forced_backend_that_cannot_serve_raises() -> None:
 
 
 def test_unknown_backend() -> None:
-    with pytest.raises(ValueError, match="backend: expected one of cpu, reference, got 'tpu'"), use_backend("tpu"):
+    with (
+        pytest.raises(ValueError, match="backend: expected one of cpu, cuda, triton, reference, got 'tpu'"),
+        use_backend("tpu"),
+    ):
         pass
     result = python("import flashsloth_ops", FLASHSLOTH_BACKEND="tpu")
     assert result.returncode != 0
-    assert "FLASHSLOTH_BACKEND: expected one of cpu, reference, got 'tpu'" in result.stderr
+    assert "FLASHSLOTH_BACKEND: expected one of cpu, cuda, triton, reference, got 'tpu'" in result.stderr
 
 
 def test_automatic_fallback_warns_once_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
