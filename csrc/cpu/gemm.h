@@ -1,6 +1,6 @@
 // Matrix products, threads and scratch memory: everything the CPU kernels ask of their host.
 //
-// The kernels include no torch header. csrc/bindings.cpp implements these functions over torch's own
+// The kernels include no torch header. csrc/bindings/cpu_gemm.cpp implements these functions over torch's own
 // matrix product (MKL, oneDNN) and thread pool, so there is one OpenMP runtime and torch.set_num_threads
 // governs it. Whoever reuses the kernels without torch implements them over another BLAS.
 #pragma once

@@ -5,9 +5,9 @@
 #include <cstring>
 #include <type_traits>
 
-namespace flashsloth::cpu {
+#include "../dtype.h"
 
-enum class DType { float32, float64, bfloat16, float16 };
+namespace flashsloth::cpu {
 
 struct BFloat16 {
   uint16_t bits;
