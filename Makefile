@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.h csrc/*/*)
-CXX_FILES := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES))
+CXX_FILES := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES) $(wildcard tests/emulator/*))
 
 .PHONY: demo test lint format bench clean
 

@@ -1,4 +1,4 @@
-"""Builds flashsloth_ops._C: the CPU kernels, once per instruction set, and the bindings, with ninja.
+"""Builds flashsloth_ops._C with ninja: the CPU kernels, once per instruction set, the CUDA kernels and the bindings.
 
 FLASHSLOTH_BUILD_CUDA   auto (default): build csrc/cuda when nvcc and a CUDA torch are present; 0: never; 1: always
 FLASHSLOTH_CUDA_ARCHS   architectures for nvcc, default "80 90a"
@@ -10,6 +10,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -94,65 +96,117 @@ def jobs() -> int:
     return max(1, min(processors, int(available // MEMORY_PER_JOB)))
 
 
-def write_ninja(
-    build: Path, target: Path, torch_dir: Path, torch_version: str, cxx: str, cuda_sources: list[Path]
-) -> None:
-    """One rule a language, one edge an object file."""
+def cuda_flags() -> tuple[str, str]:
+    """Where the headers and the libraries of the CUDA toolkit are, as flags for a C++ compiler. nvcc itself says it."""
+    said = subprocess.run(["nvcc", "--dryrun", "-c", "x.cu"], capture_output=True, text=True).stderr
+    values = dict(re.findall(r"^#\$ (INCLUDES|SYSTEM_INCLUDES|LIBRARIES)=(.*)$", said, re.MULTILINE))
+    if "INCLUDES" not in values or "LIBRARIES" not in values:
+        fail(f"nvcc --dryrun does not say where the CUDA toolkit is: {said.strip()[-200:]!r}")
+    headers = values["INCLUDES"].replace('"-I', '-isystem "')
+    return f"{headers} {values.get('SYSTEM_INCLUDES', '')}", values["LIBRARIES"]
+
+
+def torch_flags(torch_dir: Path) -> str:
+    """Flags of csrc/bindings: the stable ABI of torch 2.10, which later versions keep."""
+    return f"-I{_shell(CSRC)} -isystem {_shell(torch_dir / 'include')} -DTORCH_TARGET_VERSION=0x020a000000000000"
+
+
+def nvcc_flags(architectures: list[str]) -> str:
+    """Machine code for each architecture, and for GPUs unknown today intermediate code of the newest general one.
+
+    FLASHSLOTH_SM90A tells host code whether kernels with sm_90a instructions are in the binary.
+    """
+    targets = [f"arch=compute_{a},code=sm_{a}" for a in architectures]
+    general = [a for a in architectures if a.isdigit()]
+    if general:
+        newest = max(general, key=int)
+        targets.append(f"arch=compute_{newest},code=compute_{newest}")
+    flags = " ".join(f"-gencode={target}" for target in targets)
+    return f"{flags} -DFLASHSLOTH_SM90A={int('90a' in architectures)} --threads {min(len(targets), jobs())}"
+
+
+class NinjaFile:
+    """A build file: one rule a language, one edge an object, linked into one library."""
+
+    def __init__(self, build: Path, cxx: str) -> None:
+        shared = "-dynamiclib -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
+        host = "-fPIC,-fvisibility=hidden,-Wall,-Wextra,-Werror"
+        nvcc = f"nvcc -ccbin {cxx} -std=c++17 -O3 -lineinfo --Werror all-warnings -Xcompiler {host} -I{_shell(CSRC)}"
+        self.build = build
+        self.objects: list[str] = []
+        self.lines: list[str] = []
+        self._rule("cxx", "compile", f"{cxx} -MD -MF $out.d {CXX_FLAGS} $flags -c $in -o $out")
+        self._rule("nvcc", "compile", f"{nvcc} -MD -MF $out.d $flags -c $in -o $out")
+        self._rule("link", "link", f"{cxx} {shared} $in -o $out $libs")
+
+    def _rule(self, name: str, verb: str, command: str) -> None:
+        self.lines += [f"rule {name}", f"  command = {command}", f"  description = {verb} $out"]
+        if verb == "compile":
+            self.lines += ["  depfile = $out.d", "  deps = gcc"]
+
+    def compile(self, rule: str, source: Path, flags: str = "", suffix: str = "") -> None:
+        """An object file, named by the folder and the stem of its source."""
+        self.objects.append(_escape(self.build / source.parent.name / f"{source.stem}{suffix}.o"))
+        self.lines += [f"build {self.objects[-1]}: {rule} {_escape(source)}", f"  flags = {flags}"]
+
+    def link(self, target: Path, libraries: str) -> None:
+        """The library, out of all objects so far. Writes the file."""
+        self.lines += [f"build {_escape(target)}: link {' '.join(self.objects)}", f"  libs = {libraries}"]
+        self.lines.append(f"default {_escape(target)}")
+        self.build.mkdir(parents=True, exist_ok=True)
+        (self.build / "build.ninja").write_text("\n".join(self.lines) + "\n")
+
+    def run(self) -> bool:
+        return subprocess.run([*ninja(), "-C", str(self.build), "-j", str(jobs())]).returncode == 0
+
+
+def extension(
+    build: Path, target: Path, torch_dir: Path, torch_version: str, cxx: str, kernels: list[Path]
+) -> NinjaFile:
+    """The whole extension; `kernels` are the CUDA files, if any."""
+    file = NinjaFile(build, cxx)
+    for source in sorted((CSRC / "cpu").glob("*.cpp")):
+        if source.name in HOST_SOURCES:
+            file.compile("cxx", source)
+            continue
+        for isa in instruction_sets():
+            file.compile("cxx", source, f"-DFLASHSLOTH_ISA={isa} {ISA_FLAGS[isa]}", f"_{isa}")
+    torch = torch_flags(torch_dir)
+    for source in sorted((CSRC / "bindings").glob("cpu_*.cpp")):
+        # Only the matrix product computes anything: without optimisation the others take half the time to compile.
+        file.compile("cxx", source, torch if source.stem == "cpu_gemm" else f"{torch} -O1")
+    file.compile("cxx", CSRC / "bindings" / "module.cpp", module_flags(torch_version, cxx, bool(kernels)))
+    libraries = f"-L{_shell(torch_dir / 'lib')} -ltorch_cpu"
+    if kernels:
+        libraries += add_cuda(file, torch_dir, kernels, sorted((CSRC / "bindings").glob("cuda_*.cpp")))
+    file.link(target, libraries)
+    return file
+
+
+def module_flags(torch_version: str, cxx: str, cuda: bool) -> str:
+    """Flags of the Python module, which reports how it was built."""
     import pybind11
 
     version = subprocess.run([cxx, "-dumpfullversion", "-dumpversion"], capture_output=True, text=True).stdout.strip()
-    # pybind11 before torch, which has a copy of its own that refuses to serve the stable ABI.
-    includes = [CSRC, Path(pybind11.get_include()), Path(sysconfig.get_paths()["include"]), torch_dir / "include"]
-    defines = f'-DTORCH_TARGET_VERSION=0x020a000000000000 -DFLASHSLOTH_COMPILER=\\"{cxx}\\ {version}\\" '
-    defines += f'-DFLASHSLOTH_TORCH_VERSION=\\"{torch_version}\\"'
-    shared = "-dynamiclib -undefined dynamic_lookup" if sys.platform == "darwin" else "-shared"
+    defines = {"COMPILER": f"{cxx} {version}", "TORCH_VERSION": torch_version}
+    if cuda:
+        defines["CUDA_ARCHS"] = " ".join(cuda_architectures())
+    includes = f"-isystem {_shell(Path(pybind11.get_include()))} -isystem {_shell(Path(sysconfig.get_path('include')))}"
+    values = " ".join(shlex.quote(f'-DFLASHSLOTH_{name}="{value}"') for name, value in defines.items())
+    return f"-O1 -I{_shell(CSRC)} {includes} {values}"
 
-    lines = [
-        "rule cxx",
-        f"  command = {cxx} -MD -MF $out.d {CXX_FLAGS} $flags -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "  description = compile $out",
-        "rule nvcc",
-        "  command = nvcc -MD -MF $out.d -std=c++17 -O3 -Xcompiler -fPIC --Werror all-warnings $flags -c $in -o $out",
-        "  depfile = $out.d",
-        "  deps = gcc",
-        "  description = compile $out",
-        "rule link",
-        f"  command = {cxx} {shared} $in -o $out $libs",
-        "  description = link $out",
-    ]
-    objects: list[str] = []
 
-    def compile(rule: str, source: Path, name: str, flags: str) -> None:
-        objects.append(_escape(build / f"{name}.o"))
-        lines.append(f"build {objects[-1]}: {rule} {_escape(source)}")
-        lines.append(f"  flags = {flags}")
+def add_cuda(file: NinjaFile, torch_dir: Path, kernels: list[Path], bindings: list[Path]) -> str:
+    """Compiles CUDA files and the bindings over them. Returns the libraries to link.
 
-    system = " ".join(f"-isystem {_shell(i)}" for i in includes[1:])
-    for source in sorted((CSRC / "bindings").glob("*.cpp")):
-        level = "" if source.stem == "cpu_gemm" else "-O1"  # the others compute nothing: half the time to compile
-        compile("cxx", source, f"bindings/{source.stem}", f"-I{_shell(CSRC)} {system} {defines} {level}")
-    for source in sorted((CSRC / "cpu").glob("*.cpp")):
-        if source.name in HOST_SOURCES:
-            compile("cxx", source, source.stem, "")
-            continue
-        for isa in instruction_sets():
-            compile("cxx", source, f"{source.stem}_{isa}", f"-DFLASHSLOTH_ISA={isa} {ISA_FLAGS[isa]}")
-    architectures = " ".join(f"-gencode=arch=compute_{a},code=sm_{a}" for a in cuda_architectures())
-    for source in cuda_sources:
-        compile("nvcc", source, f"{source.stem}_cuda", architectures)
-
-    libraries = f"-L{_shell(torch_dir / 'lib')} -ltorch_cpu"
-    if cuda_sources:
-        libraries += " -lcudart"
-    lines += [
-        f"build {_escape(target)}: link {' '.join(objects)}",
-        f"  libs = {libraries}",
-        f"default {_escape(target)}",
-    ]
-    build.mkdir(parents=True, exist_ok=True)
-    (build / "build.ninja").write_text("\n".join(lines) + "\n")
+    The CUDA runtime is linked statically and hidden, so the extension loads beside whatever runtime torch brings.
+    """
+    headers, libraries = cuda_flags()
+    for source in kernels:
+        file.compile("nvcc", source, nvcc_flags(cuda_architectures()))
+    for source in bindings:
+        file.compile("cxx", source, f"-O1 {torch_flags(torch_dir)} {headers}")
+    return f" {libraries} -Wl,--exclude-libs,libcudart_static.a -lcudart_static -ldl -lrt -lpthread"
 
 
 def _escape(path: Path) -> str:
@@ -182,9 +236,8 @@ class BuildExtension(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         build = Path(self.build_temp).resolve()
-        write_ninja(build, target, Path(found.origin).parent, torch.__version__, compiler(), sources if cuda else [])
-        command = [*ninja(), "-C", str(build), "-j", str(jobs())]
-        if subprocess.run(command).returncode:
+        torch_dir = Path(found.origin).parent
+        if not extension(build, target, torch_dir, torch.__version__, compiler(), sources if cuda else []).run():
             fail("the extension did not compile; the compiler's message is above")
 
 

@@ -36,7 +36,7 @@ def environment() -> str:
         lines.append(f"extension       built by {info['compiler']} against torch {info['torch']}")
         lines.append(f"                runs on torch {info['torch_target_version']} and later")
         lines.append(f"cpu kernels     {_extension.module.cpu_isa()}")
-        lines.append(f"cuda kernels    {'built' if info['cuda'] else 'not built'}")
+        lines.append(f"cuda kernels    {'built for ' + info['cuda'] if info['cuda'] else 'not built'}")
     lines += [f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ]
     return "\n".join([*lines, "", *table()])
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from flashsloth_ops import _extension
 from tests.support import ROOT, needs_extension
@@ -25,6 +26,7 @@ def setup_py(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return setup
 
 
+TORCH = Path(torch.__file__).parent
 KERNELS = [Path("csrc/cuda/x.cu")]
 
 
@@ -66,29 +68,97 @@ def test_cuda_architectures(setup_py: ModuleType, monkeypatch: pytest.MonkeyPatc
 
 
 def test_ninja_file_compiles_kernels_once_per_instruction_set(setup_py: ModuleType, tmp_path: Path) -> None:
-    import torch
-
-    where = Path(torch.__file__).parent
-    setup_py.write_ninja(tmp_path, tmp_path / "_C.so", where, torch.__version__, "c++", KERNELS)
+    setup_py.extension(tmp_path, tmp_path / "_C.so", TORCH, torch.__version__, "c++", [])
     text = (tmp_path / "build.ninja").read_text()
     for isa in setup_py.instruction_sets():
-        assert text.count(f"spatial_pool_{isa}.o: cxx") == 1
-    assert text.count("host.o: cxx") == 1
-    assert text.count("x_cuda.o: nvcc") == 1
-    assert "-gencode=arch=compute_90a,code=sm_90a" in text
+        assert text.count(f"cpu/spatial_pool_{isa}.o: cxx") == 1
+    assert text.count("cpu/host.o: cxx") == 1
+    assert text.count("bindings/cpu_spatial_pool.o: cxx") == 1
+    assert "bindings/cuda_" not in text
     assert "-march=native" not in text
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
-def test_cuda_rule_compiles(setup_py: ModuleType, tmp_path: Path) -> None:
-    import torch
+def test_architectures_of_cuda_kernels(setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Machine code for what is asked; intermediate code of the newest general architecture for GPUs to come."""
+    monkeypatch.setenv("MAX_JOBS", "2")
+    assert setup_py.nvcc_flags(["80", "90a"]) == (
+        "-gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90a,code=sm_90a "
+        "-gencode=arch=compute_80,code=compute_80 -DFLASHSLOTH_SM90A=1 --threads 2"
+    )
+    assert "-DFLASHSLOTH_SM90A=0" in setup_py.nvcc_flags(["80", "86"])
+    assert "code=compute_" not in setup_py.nvcc_flags(["90a"])
 
+
+KERNEL = """
+#include <cuda_runtime.h>
+__global__ void twice_kernel(float* x, int n) {
+  if (static_cast<int>(threadIdx.x) < n) x[threadIdx.x] *= 2.0f;
+}
+void twice(float* x, int n, cudaStream_t stream) { twice_kernel<<<1, 32, 0, stream>>>(x, n); }
+"""
+
+BINDING = """
+#include <tuple>
+#include "bindings/cuda.h"
+void twice(float* x, int n, cudaStream_t stream);
+namespace flashsloth {
+Tensor probe(Tensor x) {
+  expect_one_device({"probe"}, x, std::vector<Tensor>{x}, std::optional<Tensor>());
+  const OnDeviceOf where(x);
+  Tensor y = empty({x.numel()}, x.scalar_type(), x);
+  twice(static_cast<float*>(data(y)), static_cast<int>(x.numel()), where.stream);
+  return y;
+}
+}
+STABLE_TORCH_LIBRARY_IMPL(flashsloth_probe, FLASHSLOTH_CUDA_KEY, m) {
+  m.impl("probe.cuda", TORCH_BOX(&flashsloth::probe));
+}
+// What a call does where torch has no CUDA.
+STABLE_TORCH_LIBRARY_IMPL(flashsloth_probe, CPU, m) { m.impl("probe.cuda", TORCH_BOX(&flashsloth::probe)); }
+"""
+
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+
+
+@needs_nvcc
+def test_cuda_extension_loads_beside_any_torch(setup_py: ModuleType, tmp_path: Path) -> None:
+    """A library of a kernel and its binding registers for CUDA, needs no CUDA library, and keeps its runtime hidden."""
+    (tmp_path / "probe.cu").write_text(KERNEL)
+    (tmp_path / "cuda_probe.cpp").write_text(BINDING)
+    library = tmp_path / "probe.so"
+    file = setup_py.NinjaFile(tmp_path / "build", setup_py.compiler())
+    libraries = setup_py.add_cuda(file, TORCH, [tmp_path / "probe.cu"], [tmp_path / "cuda_probe.cpp"])
+    file.link(library, f"-L{TORCH / 'lib'} -ltorch_cpu {libraries}")
+    assert file.run()
+
+    torch.library.define("flashsloth_probe::probe.cuda", "(Tensor x) -> Tensor")
+    torch.ops.load_library(library)
+    for key in ("CUDA", "CPU"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key("flashsloth_probe::probe.cuda", key)
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="expected a torch with CUDA"):
+            torch.ops.flashsloth_probe.probe.cuda(torch.ones(4))
+    symbols = subprocess.run(["nm", "-D", str(library)], capture_output=True, text=True, check=True).stdout
+    assert " cuda" not in symbols
+    needed = subprocess.run(["readelf", "-d", str(library)], capture_output=True, text=True, check=True).stdout
+    assert "libtorch_cpu.so" in needed
+    assert "libcudart" not in needed
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    ("device", "host", "builds"),
+    [("", "", True), ("__shared__ int unused;", "", False), ("", "int unused = 1;", False)],
+)
+def test_warnings_of_cuda_files_are_errors(
+    setup_py: ModuleType, tmp_path: Path, device: str, host: str, builds: bool
+) -> None:
     source = tmp_path / "probe.cu"
-    source.write_text("__global__ void probe(float* x) { x[threadIdx.x] *= 2.0f; }\n")
-    where = Path(torch.__file__).parent
-    setup_py.write_ninja(tmp_path, tmp_path / "_C.so", where, torch.__version__, "c++", [source])
-    subprocess.run([*setup_py.ninja(), "-C", str(tmp_path), str(tmp_path / "probe_cuda.o")], check=True)
-    assert (tmp_path / "probe_cuda.o").stat().st_size > 0
+    source.write_text(f"__global__ void probe_kernel() {{ {device} }}\nvoid probe() {{ {host} }}\n")
+    file = setup_py.NinjaFile(tmp_path / "build", setup_py.compiler())
+    file.compile("nvcc", source, "-arch=sm_80")
+    file.link(tmp_path / "probe.so", "")
+    assert file.run() is builds
 
 
 def test_jobs_follow_processors_and_memory(setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,11 @@ PYBIND11_MODULE(_C, m) {
     info["compiler"] = FLASHSLOTH_COMPILER;
     info["torch"] = FLASHSLOTH_TORCH_VERSION;
     info["torch_target_version"] = "2.10";
-    info["cuda"] = false;
+#ifdef FLASHSLOTH_CUDA_ARCHS
+    info["cuda"] = FLASHSLOTH_CUDA_ARCHS;
+#else
+    info["cuda"] = pybind11::none();
+#endif
     return info;
   });
 }
