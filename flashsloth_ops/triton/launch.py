@@ -24,6 +24,7 @@ class Launch(NamedTuple):
 
 
 _recorded: list[Launch] | None = None
+_recorded_for: tuple[int, int] | None = None
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
@@ -53,20 +54,48 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
 
 
 @contextmanager
-def recording() -> Iterator[list[Launch]]:
-    """Collect launches instead of running them; the ops may then be called with tensors of the meta device."""
-    global _recorded
-    before, _recorded = _recorded, []
+def recording(capability: tuple[int, int] = (9, 0)) -> Iterator[list[Launch]]:
+    """Collect launches instead of running them; the ops may then be called with tensors of the meta device.
+
+    ``capability`` is that of the GPU they are meant for, on which configurations may depend.
+    """
+    global _recorded, _recorded_for
+    before = _recorded, _recorded_for
+    _recorded, _recorded_for = [], capability
     try:
         yield _recorded
     finally:
-        _recorded = before
+        _recorded, _recorded_for = before
 
 
 def is_recording() -> bool:
     return _recorded is not None
 
 
+class Gpu(NamedTuple):
+    """What heuristics ask of a GPU."""
+
+    capability: tuple[int, int]
+    multiprocessors: int
+    shared_bytes: int  # the most shared memory that one block may have
+
+
+def gpu(device: torch.device) -> Gpu:
+    """The GPU of a tensor; where there is none, the usual one of the capability that is recorded for, or an H200."""
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        shared = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+        return Gpu((properties.major, properties.minor), properties.multi_processor_count, shared)
+    return _USUAL[_recorded_for or (9, 0)]
+
+
+_USUAL = {
+    (8, 0): Gpu((8, 0), 108, 163 * 1024),  # A100
+    (9, 0): Gpu((9, 0), 132, 227 * 1024),  # H100, H200
+    (10, 0): Gpu((10, 0), 148, 227 * 1024),  # B200
+}
+
+
 def num_sms(device: torch.device) -> int:
-    """Multiprocessors of a GPU, what split heuristics fill; those of an H200 where there is no GPU to ask."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+    """Multiprocessors of the GPU of a tensor, what split heuristics fill."""
+    return gpu(device).multiprocessors
