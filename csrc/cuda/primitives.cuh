@@ -2,9 +2,20 @@
 // from tf32, the block that comes last. Included by instructions.cuh.
 #pragma once
 
+#include <cstring>
+
 #include "instructions.cuh"
 
 namespace flashsloth::cuda {
+
+// The same bits as another type of the same size.
+template <class To, class From>
+__device__ __forceinline__ To reinterpret_bits(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "reinterpret_bits keeps the size");
+  To to;
+  memcpy(&to, &from, sizeof to);
+  return to;
+}
 
 // Two numbers as a register of packed T (bf16 or fp16, rounded to nearest even), `low` in the low half.
 template <class T>
@@ -16,16 +27,16 @@ __device__ __forceinline__ uint32_t pack2(float low, float high) {
   } else {
     pair = __floats2half2_rn(low, high);
   }
-  return reinterpret_cast<const uint32_t&>(pair);
+  return reinterpret_bits<uint32_t>(pair);
 }
 
 template <class T>
 __device__ __forceinline__ float2 unpack2(uint32_t packed) {
   static_assert(std::is_same_v<T, bf16> || std::is_same_v<T, fp16>, "unpack2 takes bf16 or fp16");
   if constexpr (std::is_same_v<T, bf16>) {
-    return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(packed));
+    return __bfloat1622float2(reinterpret_bits<__nv_bfloat162>(packed));
   } else {
-    return __half22float2(reinterpret_cast<const __half2&>(packed));
+    return __half22float2(reinterpret_bits<__half2>(packed));
   }
 }
 
