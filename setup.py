@@ -156,8 +156,9 @@ class NinjaFile:
         self.build.mkdir(parents=True, exist_ok=True)
         (self.build / "build.ninja").write_text("\n".join(self.lines) + "\n")
 
-    def run(self) -> bool:
-        return subprocess.run([*ninja(), "-C", str(self.build), "-j", str(jobs())]).returncode == 0
+    def command(self) -> list[str]:
+        """Compiles what has changed and links it."""
+        return [*ninja(), "-C", str(self.build), "-j", str(jobs())]
 
 
 def extension(
@@ -237,7 +238,8 @@ class BuildExtension(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         build = Path(self.build_temp).resolve()
         torch_dir = Path(found.origin).parent
-        if not extension(build, target, torch_dir, torch.__version__, compiler(), sources if cuda else []).run():
+        file = extension(build, target, torch_dir, torch.__version__, compiler(), sources if cuda else [])
+        if subprocess.run(file.command()).returncode:
             fail("the extension did not compile; the compiler's message is above")
 
 

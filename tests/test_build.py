@@ -90,23 +90,28 @@ def test_architectures_of_cuda_kernels(setup_py: ModuleType, monkeypatch: pytest
 
 
 KERNEL = """
-#include <cuda_runtime.h>
-__global__ void twice_kernel(float* x, int n) {
-  if (static_cast<int>(threadIdx.x) < n) x[threadIdx.x] *= 2.0f;
+#include "cuda/launch.cuh"
+__global__ void twice_kernel(const float* x, float* y, int n) {
+  const int i = blockIdx.x * blockDim.x + threadIdx.x;
+  if (i < n) y[i] = 2.0f * x[i];
 }
-void twice(float* x, int n, cudaStream_t stream) { twice_kernel<<<1, 32, 0, stream>>>(x, n); }
+void twice(const float* x, float* y, int n, cudaStream_t stream) {
+  const flashsloth::cuda::Launch launch{dim3((n + 31) / 32), dim3(32), 0, stream};
+  flashsloth::cuda::launch_kernel("twice", twice_kernel, launch, x, y, n);
+}
 """
 
 BINDING = """
 #include <tuple>
 #include "bindings/cuda.h"
-void twice(float* x, int n, cudaStream_t stream);
+void twice(const float* x, float* y, int n, cudaStream_t stream);
 namespace flashsloth {
 Tensor probe(Tensor x) {
   expect_one_device({"probe"}, x, std::vector<Tensor>{x}, std::optional<Tensor>());
   const OnDeviceOf where(x);
   Tensor y = empty({x.numel()}, x.scalar_type(), x);
-  twice(static_cast<float*>(data(y)), static_cast<int>(x.numel()), where.stream);
+  const int n = static_cast<int>(x.numel());
+  twice(static_cast<const float*>(data(x)), static_cast<float*>(data(y)), n, where.stream);
   return y;
 }
 }
@@ -129,7 +134,7 @@ def test_cuda_extension_loads_beside_any_torch(setup_py: ModuleType, tmp_path: P
     file = setup_py.NinjaFile(tmp_path / "build", setup_py.compiler())
     libraries = setup_py.add_cuda(file, TORCH, [tmp_path / "probe.cu"], [tmp_path / "cuda_probe.cpp"])
     file.link(library, f"-L{TORCH / 'lib'} -ltorch_cpu {libraries}")
-    assert file.run()
+    subprocess.run(file.command(), check=True)
 
     torch.library.define("flashsloth_probe::probe.cuda", "(Tensor x) -> Tensor")
     torch.ops.load_library(library)
@@ -158,7 +163,7 @@ def test_warnings_of_cuda_files_are_errors(
     file = setup_py.NinjaFile(tmp_path / "build", setup_py.compiler())
     file.compile("nvcc", source, "-arch=sm_80")
     file.link(tmp_path / "probe.so", "")
-    assert file.run() is builds
+    assert (subprocess.run(file.command()).returncode == 0) is builds
 
 
 def test_jobs_follow_processors_and_memory(setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

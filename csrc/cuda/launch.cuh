@@ -10,6 +10,10 @@
 #include <string>
 #include <utility>
 
+#ifndef FLASHSLOTH_SM90A
+#define FLASHSLOTH_SM90A 1
+#endif
+
 namespace flashsloth::cuda {
 
 // What launchers ask of the current device; read once a device.
@@ -92,6 +96,10 @@ inline Device device() {
   known.emplace(index, device);
   return device;
 }
+
+// Whether kernels with sm_90a instructions run here. Their code runs on no other architecture, newer ones included, and
+// setup.py may have left it out (FLASHSLOTH_CUDA_ARCHS).
+inline bool runs_sm90a() { return FLASHSLOTH_SM90A != 0 && device().compute_capability == 90; }
 
 // Launches `function` with `arguments`, which convert to its parameters. Throws std::runtime_error naming the kernel,
 // the launch and what is wrong with it.
