@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.h csrc/*/*)
 CXX_FILES := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES) $(wildcard tests/emulator/*))
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench gpu-check clean
 
 demo: $(VENV)/installed
 	$(BIN)/flashsloth demo
@@ -28,6 +28,10 @@ format: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python -m bench run
+
+# On a GPU: builds with CUDA, tests, compares, checks memory, times; under eight minutes, one JSON.
+gpu-check: $(VENV)/installed
+	$(BIN)/python -m bench gpu-check
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info flashsloth_ops/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""``python -m bench run`` and ``python -m bench list``: check, time and compare the fused ops with their peers."""
+"""``python -m bench run``, ``list`` and ``gpu-check``: check, time and compare the fused ops with their peers."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from bench import runner
 from bench.case import Case
 from bench.cases import CASES
+from bench.gpu import check, report
 from bench.result import RESULTS, Result, make_header, save
 from bench.runner import Effort
 from bench.table import render
@@ -34,6 +35,8 @@ def main(arguments: Sequence[str] | None = None, cases: Sequence[Case] = CASES) 
         if options.command == "list":
             console.print(listing(cases), highlight=False, markup=False)
             return 0
+        if options.command == "gpu-check":
+            return check_gpu(options)
         return run(options, console, cases)
     except (ValueError, OSError, backend.BackendError) as error:
         Console(stderr=True, soft_wrap=True).print(f"python -m bench: {error}", style="red", markup=False)
@@ -72,6 +75,20 @@ def run(options: argparse.Namespace, console: Console, cases: Sequence[Case]) ->
     console.print(render(result, chosen))
     console.print(f"stored in {path}", soft_wrap=True, markup=False, highlight=False)
     return 1 if result.failed else 0
+
+
+def check_gpu(options: argparse.Namespace) -> int:
+    """Everything that only a GPU can prove, in one command. Exit code 0: every step that could run passed."""
+    if not torch.cuda.is_available():
+        raise ValueError("gpu-check: torch sees no GPU here")
+    document, path = check.run(options.out, budget=options.budget, keep=options.keep, tell=_say)
+    _say(report.render(document))
+    _say(f"stored in {path}")
+    return 1 if any(step["ok"] is False for step in document["steps"]) else 0
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
 
 
 def console_of(stream: TextIO) -> Console:
@@ -118,6 +135,10 @@ def _parser() -> argparse.ArgumentParser:
     run_parser.add_argument("--budget", type=duration, metavar="TIME", help="time to measure in all, such as 90s or 3m")
     run_parser.add_argument("--threads", type=positive, help="threads inside an op; default: as torch is set")
     run_parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="default: bench/results")
+    gpu_parser = commands.add_parser("gpu-check", help="on a GPU: build, test, compare, check memory, time; one JSON")
+    gpu_parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="default: bench/results")
+    gpu_parser.add_argument("--budget", type=duration, default=460.0, metavar="TIME", help="default: 460s in all")
+    gpu_parser.add_argument("--keep", action="store_true", help="let this GPU use the kernels that were faster")
     return parser
 
 

@@ -137,7 +137,7 @@ def forward_backward(provider: Provider, inputs: Inputs, differentiable: tuple[s
         if not cotangents:
             generator = torch.Generator().manual_seed(7)
             for name, value in outputs.items():
-                cotangents[name] = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value.dtype)
+                cotangents[name] = torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value)
         gradients = torch.autograd.grad(list(outputs.values()), list(leaves.values()), list(cotangents.values()))
         found = {name: value.detach() for name, value in outputs.items()}
         return found | {f"d{name}": value for name, value in zip(leaves, gradients, strict=True)}

@@ -154,7 +154,11 @@ def save(result: Result, path: Path) -> None:
     """
     if path.exists() and load(path).header != result.header:
         raise ResultError(f"{path}: expected no file or an earlier state of this run, got another result")
-    document = {"schema": SCHEMA, "version": VERSION, **asdict(result)}
+    write_whole(path, {"schema": SCHEMA, "version": VERSION, **asdict(result)})
+
+
+def write_whole(path: Path, document: dict[str, Any]) -> None:
+    """Write JSON so that the file is the old one or the new one, never a part. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:

@@ -36,11 +36,15 @@ def keep(gpu: str, kernel: str, key: str, found: dict[str, int]) -> None:
     own = _read(path)
     own.setdefault("gpu", gpu)
     own.setdefault("configs", {}).setdefault(kernel, {})[key] = found
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}")
-    temporary.write_text(json.dumps(own, indent=1, sort_keys=True) + "\n")
-    temporary.replace(path)
-    table.cache_clear()
+    _write(path, own)
+
+
+def ship(gpu: str, faster: list[str]) -> Path:
+    """Record in the package which ops' CUDA C++ kernels are the faster ones on a GPU; returns the file."""
+    path = SHIPPED / file_name(gpu)
+    shipped = {"gpu": gpu, "configs": {}, **_read(path), "faster_in_cuda": sorted(faster)}
+    _write(path, shipped)
+    return path
 
 
 @functools.cache
@@ -61,6 +65,14 @@ def file_name(gpu: str) -> str:
 
 def _own_folder() -> Path:
     return Path(os.environ.get("FLASHSLOTH_CONFIG_DIR") or Path.home() / ".cache" / "flashsloth")
+
+
+def _write(path: Path, document: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary.write_text(json.dumps(document, indent=1, sort_keys=True) + "\n")
+    temporary.replace(path)
+    table.cache_clear()
 
 
 def _read(path: Path) -> dict[str, Any]:
