@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from flashsloth_ops import _extension
+from tests.emulator import build as emulator
 from tests.support import ROOT, needs_extension
 
 
@@ -115,12 +116,23 @@ Tensor probe(Tensor x) {
   return y;
 }
 }
-STABLE_TORCH_LIBRARY_IMPL(flashsloth_probe, FLASHSLOTH_CUDA_KEY, m) {
-  m.impl("probe.cuda", TORCH_BOX(&flashsloth::probe));
-}
-// What a call does where torch has no CUDA.
-STABLE_TORCH_LIBRARY_IMPL(flashsloth_probe, CPU, m) { m.impl("probe.cuda", TORCH_BOX(&flashsloth::probe)); }
+#ifdef FLASHSLOTH_EMULATE
+#define NAME "emulated.cuda"
+#else
+#define NAME "probe.cuda"
+STABLE_TORCH_LIBRARY_IMPL(flashsloth_probe, CPU, m) { m.impl(NAME, TORCH_BOX(&flashsloth::probe)); }
+#endif
+STABLE_TORCH_LIBRARY_IMPL(flashsloth_probe, FLASHSLOTH_CUDA_KEY, m) { m.impl(NAME, TORCH_BOX(&flashsloth::probe)); }
 """
+
+
+def probe(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The sources of a kernel and of its binding."""
+    kernel, binding = folder / "probe.cu", folder / "cuda_probe.cpp"
+    kernel.write_text(KERNEL)
+    binding.write_text(BINDING)
+    return [kernel], [binding]
+
 
 needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
 
@@ -128,11 +140,10 @@ needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is no
 @needs_nvcc
 def test_cuda_extension_loads_beside_any_torch(setup_py: ModuleType, tmp_path: Path) -> None:
     """A library of a kernel and its binding registers for CUDA, needs no CUDA library, and keeps its runtime hidden."""
-    (tmp_path / "probe.cu").write_text(KERNEL)
-    (tmp_path / "cuda_probe.cpp").write_text(BINDING)
+    kernels, bindings = probe(tmp_path)
     library = tmp_path / "probe.so"
     file = setup_py.NinjaFile(tmp_path / "build", setup_py.compiler())
-    libraries = setup_py.add_cuda(file, TORCH, [tmp_path / "probe.cu"], [tmp_path / "cuda_probe.cpp"])
+    libraries = setup_py.add_cuda(file, TORCH, kernels, bindings)
     file.link(library, f"-L{TORCH / 'lib'} -ltorch_cpu {libraries}")
     subprocess.run(file.command(), check=True)
 
@@ -148,6 +159,32 @@ def test_cuda_extension_loads_beside_any_torch(setup_py: ModuleType, tmp_path: P
     needed = subprocess.run(["readelf", "-d", str(library)], capture_output=True, text=True, check=True).stdout
     assert "libtorch_cpu.so" in needed
     assert "libcudart" not in needed
+
+
+@needs_nvcc
+def test_the_same_sources_run_on_the_emulator(tmp_path: Path) -> None:
+    emulator.build(tmp_path / "emulated.so", *probe(tmp_path))
+    torch.library.define("flashsloth_probe::emulated.cuda", "(Tensor x) -> Tensor")
+    torch.ops.load_library(tmp_path / "emulated.so")
+    x = torch.arange(70.0)
+    assert torch.equal(torch.ops.flashsloth_probe.emulated.cuda(x), 2 * x)
+
+
+def test_emulator_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert emulator.load.__wrapped__() == (
+        "flashsloth: nvcc is not on PATH, and the emulator needs the headers of the CUDA toolkit"
+    )
+
+
+@needs_nvcc
+def test_emulated_kernel_that_does_not_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mistake in a kernel is an error of the tests, not a reason to skip them."""
+    monkeypatch.setenv("MAX_JOBS", "1")
+    source = tmp_path / "probe.cu"
+    source.write_text("mistake")
+    with pytest.raises(RuntimeError, match=r"(?s)emulated.so does not compile.*mistake"):
+        emulator.build(tmp_path / "emulated.so", [source], [])
 
 
 @needs_nvcc
