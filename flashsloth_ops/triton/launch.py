@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -46,11 +47,27 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     device = next(a.device for a in args if isinstance(a, Tensor))
     if device.type == "cpu" and not INTERPRETED:
         raise BackendError(f"{kernel.__name__}: expected CUDA tensors, or TRITON_INTERPRET=1 for CPU tensors")
+    if INTERPRETED:
+        _let_loops_end_at_tensors()
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         try:
             kernel[grid](*args, **options)
         except Exception as error:
             raise BackendError(f"{kernel.__name__}{list(grid)} with {options}: {error}") from error
+
+
+@functools.cache
+def _let_loops_end_at_tensors() -> None:
+    """Triton 3.6's interpreter reads the bounds of a loop with int(array of one element), which NumPy 2.4 refuses."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
 
 
 @contextmanager
