@@ -31,6 +31,8 @@ ISA_FLAGS = {
     "avx2": "-mavx2 -mfma -mf16c",
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c -mprefer-vector-width=512",
 }
+# The CUDA runtime is linked statically and hidden, so the extension loads beside whatever runtime torch brings.
+CUDA_LIBRARIES = "-Wl,--exclude-libs,libcudart_static.a -lcudart_static -ldl -lrt -lpthread"
 MEMORY_PER_JOB = 1.5e9  # bytes
 
 
@@ -198,16 +200,13 @@ def module_flags(torch_version: str, cxx: str, cuda: bool) -> str:
 
 
 def add_cuda(file: NinjaFile, torch_dir: Path, kernels: list[Path], bindings: list[Path]) -> str:
-    """Compiles CUDA files and the bindings over them. Returns the libraries to link.
-
-    The CUDA runtime is linked statically and hidden, so the extension loads beside whatever runtime torch brings.
-    """
+    """Compiles CUDA files and the bindings over them. Returns the libraries to link."""
     headers, libraries = cuda_flags()
     for source in kernels:
         file.compile("nvcc", source, nvcc_flags(cuda_architectures()))
     for source in bindings:
         file.compile("cxx", source, f"-O1 {torch_flags(torch_dir)} {headers}")
-    return f" {libraries} -Wl,--exclude-libs,libcudart_static.a -lcudart_static -ldl -lrt -lpthread"
+    return f" {libraries} {CUDA_LIBRARIES}"
 
 
 def _escape(path: Path) -> str:

@@ -10,6 +10,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -18,8 +19,11 @@ EMULATOR = Path(__file__).resolve().parent
 CUDA = ROOT / "csrc" / "cuda"
 LIBRARY = ROOT / "build" / "emulated" / "libflashsloth_emulated.so"
 
-# Local variables start as a number that is none of the kernel's, as emulator.h says.
-FLAGS = "-O2 -DFLASHSLOTH_EMULATE -DFLASHSLOTH_SM90A=1 -ftrivial-auto-var-init=pattern -Wno-unknown-pragmas"
+# emulator.h says what each is for; -Wno: what nvcc's language has and C++ has not.
+FLAGS = (
+    "-O2 -DFLASHSLOTH_EMULATE -DFLASHSLOTH_SM90A=1 -fno-strict-aliasing -ftrivial-auto-var-init=pattern "
+    "-Wno-unknown-pragmas -Wno-psabi"
+)
 
 
 @functools.cache
@@ -32,24 +36,44 @@ def setup_py() -> ModuleType:
     return module
 
 
-def build(library: Path, kernels: Sequence[Path], bindings: Sequence[Path]) -> None:
-    """Compiles what has changed. Raises RuntimeError with the compiler's words, SystemExit naming a missing tool."""
+def build(library: Path, kernels: Sequence[Path], bindings: Sequence[Path] = ()) -> None:
+    """Compiles what has changed, for the emulator; bindings register ops of torch.
+
+    Raises RuntimeError with the compiler's words, SystemExit naming a missing tool.
+    """
     setup = setup_py()
     if shutil.which("nvcc") is None:
         setup.fail("nvcc is not on PATH, and the emulator needs the headers of the CUDA toolkit")
     headers, _ = setup.cuda_flags()
     torch_dir = Path(torch.__file__).parent
-    emulator = f"{FLAGS} -I{setup._shell(ROOT / 'csrc')} -I{setup._shell(CUDA)} -I{setup._shell(EMULATOR)} {headers}"
+    folders = " ".join(f"-I{setup._shell(folder)}" for folder in (ROOT / "csrc", CUDA, EMULATOR))
     file = setup.NinjaFile(library.parent, setup.compiler())
     for source in kernels:
-        file.compile("cxx", source, f"{emulator} -include {EMULATOR / 'emulator.h'} -x c++")
+        forced = setup._shell(EMULATOR / "emulator.h")
+        file.compile("cxx", source, f"{FLAGS} {folders} {headers} -include {forced} -x c++")
     for source in bindings:
         file.compile("cxx", source, f"{FLAGS} -O1 {setup.torch_flags(torch_dir)} {headers}")
-    file.compile("cxx", EMULATOR / "emulator.cpp", emulator)
+    file.compile("cxx", EMULATOR / "emulator.cpp", f"{FLAGS} {folders} {headers}")
+    _link(file, library, f"-L{setup._shell(torch_dir / 'lib')} -ltorch_cpu" if bindings else "")
+
+
+def build_for_gpu(library: Path, kernels: Sequence[Path]) -> None:
+    """The same sources by nvcc, as setup.py compiles csrc/cuda. Raises as build."""
+    setup = setup_py()
+    if shutil.which("nvcc") is None:
+        setup.fail("nvcc is not on PATH")
+    _, libraries = setup.cuda_flags()
+    file = setup.NinjaFile(library.parent, setup.compiler())
+    for source in kernels:
+        file.compile("nvcc", source, f"{setup.nvcc_flags(setup.cuda_architectures())} -I{setup._shell(CUDA)}")
+    _link(file, library, f"{libraries} {setup.CUDA_LIBRARIES}")
+
+
+def _link(file: Any, library: Path, libraries: str) -> None:
     library.parent.mkdir(parents=True, exist_ok=True)
     with open(library.parent / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # test workers start at the same time; the first one compiles
-        file.link(library, f"-L{torch_dir / 'lib'} -ltorch_cpu")
+        file.link(library, libraries)
         result = subprocess.run(file.command(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if result.returncode:
         raise RuntimeError(f"{library.name} does not compile:\n{result.stdout[-8000:]}")
