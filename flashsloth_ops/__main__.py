@@ -1,4 +1,4 @@
-"""``python -m flashsloth_ops env``: versions, what was built, and which backend serves what."""
+"""``python -m flashsloth_ops env``: versions, what was built, which backend serves what; and ``kernels``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ def environment() -> str:
     ]
     lines += [f"{name:15} {_version(name)}" for name in PACKAGES]
     if torch.cuda.is_available():
-        lines += [f"gpu             {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
+        for i in range(torch.cuda.device_count()):
+            major, minor = torch.cuda.get_device_capability(i)
+            lines.append(f"gpu             {torch.cuda.get_device_name(i)}, compute capability {major}.{minor}")
     else:
         lines.append("gpu             none")
     if _extension.module is None:
@@ -63,9 +65,15 @@ def _version(name: str) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    from flashsloth_ops.report import command as kernels
+
     parser = argparse.ArgumentParser(prog="python -m flashsloth_ops")
-    parser.add_argument("command", choices=["env"], help="env: versions, what was built, the backend table")
-    parser.parse_args(arguments)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("env", help="versions, what was built, the backend table")
+    kernels.add_arguments(commands.add_parser("kernels", help="compile every GPU kernel, and check what came out"))
+    given = parser.parse_args(arguments)
+    if given.command == "kernels":
+        return kernels.main(given)
     print(environment())
     return 0
 
