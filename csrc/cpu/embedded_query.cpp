@@ -78,7 +78,7 @@ class Reader {
     const int64_t partial = split_.splits == 1 ? 0 : sizes_.images * split_.splits * rows_;
     Buffer<A> sums(partial * width_), peak(std::max(partial, sizes_.images * rows_)),
         total(std::max(partial, sizes_.images * rows_));
-    split_.each(sizes_, [&](int64_t image, int64_t split, int64_t begin, int64_t end) {
+    split_.each(sizes_, 0, sizes_.images, [&](int64_t image, int64_t split, int64_t begin, int64_t end) {
       const int64_t first = (image * split_.splits + split) * rows_;
       piece(image, begin, end, (split_.splits == 1 ? result_ : static_cast<A*>(sums)) + first * width_, peak + first,
             total + first);
@@ -93,7 +93,7 @@ class Reader {
   // Attention averaged over heads, from `softmax`.
   void weights(A* out) const {
     const int64_t heads = sizes_.heads, tokens = sizes_.tokens, questions = sizes_.image_rows();
-    split_.each(sizes_, [&](int64_t image, int64_t, int64_t begin, int64_t end) {
+    split_.each(sizes_, 0, sizes_.images, [&](int64_t image, int64_t, int64_t begin, int64_t end) {
       Buffer<A> room(scores_.room(split_.tile)), scores(rows_ * split_.tile);
       for (int64_t first = begin; first < end; first += split_.tile) {
         const int64_t count = std::min(split_.tile, end - first);

@@ -1,7 +1,7 @@
 // Embedded-query attention on a CPU: the backward pass.
 //
 // In the absorbed form, a row's pooled image is softmax(asked . y_n * rstd_n) image. With P recomputed a tile at a time
-// from the saved maximum and sum, dP = dpooled image' and delta = <dpooled, pooled>,
+// from the saved maximum and sum, dP = dpooled image' and delta = sum over n of P dP / sum of P,
 //
 //   dS = P (dP - delta),   dimage = P' dpooled,   dasked = (dS rstd) y,
 //   dy_n = rstd_n (dS' asked - y^_n mean(dS S)),   y^_n = (y_n - mean_n) rstd_n.
@@ -14,7 +14,10 @@
 namespace flashsloth::cpu::FLASHSLOTH_ISA {
 namespace {
 
-// Tiles of the image: gradients of image, y and asked.
+// Tiles of the image: gradients of image, y and asked. Scores and dP of the images in work are kept, so that delta is
+// the mean of the very dP it is subtracted from, under the very P: a row of dS then sums to zero within its own
+// rounding. <dpooled, pooled> and the saved sum would leave there the rounding of other sums, in the same direction for
+// all tokens, and the bias of the down-projection, a sum of dy over tokens, would collect it.
 template <class T>
 class ReaderBackward {
  public:
@@ -25,24 +28,27 @@ class ReaderBackward {
         sizes_(args.sizes),
         rows_(sizes_.image_rows() * sizes_.heads),
         split_(sizes_),
+        at_once_(std::min<int64_t>(sizes_.images, num_threads())),
         scores_(scores),
         asked_(asked),
         dpooled_(dpooled),
         dasked_(dasked),
-        delta_(sizes_.images * rows_) {
-    const A* pooled = static_cast<const A*>(args.saved.pooled);
-    const int64_t dim = sizes_.dim;
-    for_rows(sizes_.images * rows_, dim,
-             [&](int64_t row) { delta_[row] = dot(dpooled + row * dim, pooled + row * dim, dim); });
-  }
+        kept_(2 * at_once_ * rows_ * sizes_.tokens),
+        sums_(2 * sizes_.images * split_.splits * rows_) {}
 
   void run() const {
     const int64_t splits = split_.splits, size = rows_ * sizes_.inner;
     Buffer<A> partial(splits == 1 ? 0 : sizes_.images * splits * size);
     A* parts = splits == 1 ? dasked_ : static_cast<A*>(partial);
-    split_.each(sizes_, [&](int64_t image, int64_t split, int64_t begin, int64_t end) {
-      piece(image, begin, end, parts + (image * splits + split) * size);
-    });
+    for (int64_t first = 0; first < sizes_.images; first += at_once_) {
+      const int64_t last = std::min(first + at_once_, sizes_.images);
+      split_.each(sizes_, first, last, [&](int64_t image, int64_t split, int64_t begin, int64_t end) {
+        compare(image, begin, end, sums_ + 2 * (image * splits + split) * rows_);
+      });
+      split_.each(sizes_, first, last, [&](int64_t image, int64_t split, int64_t begin, int64_t end) {
+        piece(image, begin, end, parts + (image * splits + split) * size);
+      });
+    }
     if (splits == 1) return;
     for_rows(sizes_.images * rows_, sizes_.inner * splits, [&](int64_t row) {
       const int64_t e = sizes_.inner, first = row / rows_ * splits * rows_ + row % rows_;
@@ -52,30 +58,72 @@ class ReaderBackward {
   }
 
  private:
-  void piece(int64_t image, int64_t begin, int64_t end, A* dasked) const {
-    const int64_t e = sizes_.inner, dim = sizes_.dim, tile = split_.tile;
-    const A *asked = asked_ + image * rows_ * e, *dpooled = dpooled_ + image * rows_ * dim;
-    Buffer<A> probs(rows_ * tile), ds(rows_ * tile), along(tile), room(scores_.room(tile));
-    for (int64_t first = begin; first < end; first += tile) {
-      const int64_t count = std::min(tile, end - first), token = image * sizes_.tokens + first;
-      const Wide<T> y(static_cast<const T*>(args_.y) + token * e, count * e);
-      const Wide<T> x(static_cast<const T*>(args_.image) + token * dim, count * dim);
-      const A *mean = static_cast<const A*>(args_.mean) + token, *rstd = static_cast<const A*>(args_.rstd) + token;
-      const Matrix<const A> asks{asked, rows_, e, e}, pools{dpooled, rows_, dim, dim};
+  // Scores before rstd and dP (rows, count) of the tile that starts at a token, while its image is in work.
+  A* kept_scores(int64_t image, int64_t first) const {
+    return kept_ + (image % at_once_ * sizes_.tokens + first) * rows_ * 2;
+  }
+  A* kept_dprobs(int64_t image, int64_t first, int64_t count) const {
+    return kept_scores(image, first) + rows_ * count;
+  }
+  Matrix<const A> dpooled(int64_t image) const {
+    return {dpooled_ + image * rows_ * sizes_.dim, rows_, sizes_.dim, sizes_.dim};
+  }
 
-      scores_.tile(image, first, count, room, probs);
-      gemm<A>(1, pools, {x, count, dim, dim, true}, 0, {ds, rows_, count, count});
+  // sums: of P dP and of P over tokens [begin, end), for each row.
+  void compare(int64_t image, int64_t begin, int64_t end, double* sums) const {
+    const int64_t dim = sizes_.dim;
+    Buffer<A> room(scores_.room(split_.tile));
+    clear<double>(sums, 2 * rows_);
+    for (int64_t first = begin; first < end; first += split_.tile) {
+      const int64_t count = std::min(split_.tile, end - first), token = image * sizes_.tokens + first;
+      const Wide<T> x(static_cast<const T*>(args_.image) + token * dim, count * dim);
+      const A* rstd = static_cast<const A*>(args_.rstd) + token;
+      A *scores = kept_scores(image, first), *dprobs = kept_dprobs(image, first, count);
+      scores_.tile(image, first, count, room, scores);
+      gemm<A>(1, dpooled(image), {x, count, dim, dim, true}, 0, {dprobs, rows_, count, count});
+      for (int64_t row = 0; row < rows_; ++row) {
+        const A *score = scores + row * count, *d = dprobs + row * count;
+        const A top = softmax(image, row)[0], share = 1 / softmax(image, row)[1];
+        double sum = 0, total = 0;
+#pragma omp simd reduction(+ : sum, total)
+        for (int64_t n = 0; n < count; ++n) {
+          const A p = fast_exp(score[n] * rstd[n] - top) * share;
+          sum += p * d[n], total += p;
+        }
+        sums[2 * row] += sum, sums[2 * row + 1] += total;
+      }
+    }
+  }
+
+  void piece(int64_t image, int64_t begin, int64_t end, A* dasked) const {
+    const int64_t e = sizes_.inner, dim = sizes_.dim;
+    const Matrix<const A> asked{asked_ + image * rows_ * e, rows_, e, e};
+    Buffer<A> delta(rows_), along(split_.tile);
+    for (int64_t row = 0; row < rows_; ++row) {
+      double sum = 0, total = 0;
+      for (int64_t s = 0; s < split_.splits; ++s) {
+        const double* part = sums_ + 2 * ((image * split_.splits + s) * rows_ + row);
+        sum += part[0], total += part[1];
+      }
+      delta[row] = static_cast<A>(sum / total);
+    }
+
+    for (int64_t first = begin; first < end; first += split_.tile) {
+      const int64_t count = std::min(split_.tile, end - first), token = image * sizes_.tokens + first;
+      const Wide<T> y(static_cast<const T*>(args_.y) + token * e, count * e);
+      const A *mean = static_cast<const A*>(args_.mean) + token, *rstd = static_cast<const A*>(args_.rstd) + token;
+      A *probs = kept_scores(image, first), *ds = kept_dprobs(image, first, count);
       clear<A>(along, count);
       for (int64_t row = 0; row < rows_; ++row)
-        scores_backward(image * rows_ + row, count, rstd, probs + row * count, ds + row * count, along);
+        scores_backward(softmax(image, row), delta[row], count, rstd, probs + row * count, ds + row * count, along);
 
       if (args_.dimage != nullptr) {
         const WideOut<T> dx(static_cast<T*>(args_.dimage) + token * dim, count * dim);
-        gemm<A>(1, {probs, rows_, count, count, true}, pools, 0, {dx, count, dim, dim});
+        gemm<A>(1, {probs, rows_, count, count, true}, dpooled(image), 0, {dx, count, dim, dim});
       }
       if (args_.dy != nullptr) {
         const WideOut<T> dy(static_cast<T*>(args_.dy) + token * e, count * e);
-        gemm<A>(1, {ds, rows_, count, count, true}, asks, 0, {dy, count, e, e});
+        gemm<A>(1, {ds, rows_, count, count, true}, asked, 0, {dy, count, e, e});
         for (int64_t n = 0; n < count; ++n) {
           const A factor = along[n] / static_cast<A>(e) * rstd[n] * rstd[n], center = mean[n];
           const A* row = y + n * e;
@@ -88,10 +136,13 @@ class ReaderBackward {
     }
   }
 
+  const A* softmax(int64_t image, int64_t row) const {
+    return static_cast<const A*>(args_.saved.softmax) + 2 * (image * rows_ + row);
+  }
+
   // In: scores before rstd, and dP. Out: P, and dS rstd; `along` collects dS S of each token.
-  void scores_backward(int64_t row, int64_t count, const A* rstd, A* probs, A* ds, A* along) const {
-    const A* whole = static_cast<const A*>(args_.saved.softmax) + 2 * row;
-    const A top = whole[0], share = 1 / whole[1], delta = delta_[row];
+  static void scores_backward(const A* whole, A delta, int64_t count, const A* rstd, A* probs, A* ds, A* along) {
+    const A top = whole[0], share = 1 / whole[1];
 #pragma omp simd
     for (int64_t n = 0; n < count; ++n) {
       const A score = probs[n] * rstd[n];
@@ -106,10 +157,12 @@ class ReaderBackward {
   const EmbeddedQuerySizes& sizes_;
   int64_t rows_;  // R*h, score rows of one image
   KeySplit split_;
+  int64_t at_once_;  // images in work
   const Scores<T>& scores_;
   const A *asked_, *dpooled_;
   A* dasked_;
-  Buffer<A> delta_;
+  Buffer<A> kept_;
+  Buffer<double> sums_;
 };
 
 // Gradient of the weight blocks in expand_heads(x, weight): (h*from, to) from x (B*Q, h*from), d (B*Q, h, to).
@@ -180,8 +233,7 @@ void read_backward(const EmbeddedQueryBackward& args, const Acc<T>* dseen, Acc<T
   {
     const WideOut<T> dvalue(args.dparams[kImageV], dim * dim), dbias(args.dparams[kImageVBias], dim);
     expand_heads_weight<A>(sizes, dseen, sizes.value_dim(), pooled, dim, dvalue);
-    clear<A>(dbias, dim);
-    for (int64_t row = 0; row < rows; ++row) axpy<A, A>(1, dseen + row * dim, dbias, dim);
+    column_sums<A>(dseen, rows, dim, 0, dbias);
   }
   expand_heads_weight<A>(sizes, q, sizes.head_dim(), dasked, e, keys);
   absorb_keys_backward<T>(args, key, gain, keys);

@@ -102,11 +102,24 @@ void linear_input(const A* d, int64_t rows, int64_t out_size, const A* weight, i
   if (rows > 0) gemm<A>(1, {d, rows, out_size, out_size}, {weight, out_size, in, in}, beta, {dx, rows, in, in});
 }
 
+// out = beta out + column sums of d. Rounded once: for many rows a running sum in fp32 loses what a cascade keeps.
+template <class A>
+void column_sums(const A* d, int64_t rows, int64_t width, A beta, A* out) {
+  constexpr int64_t kColumns = 256;
+  for_rows(divide_up(width, kColumns), rows * kColumns, [&](int64_t block) {
+    const int64_t first = block * kColumns, count = std::min(kColumns, width - first);
+    double sums[kColumns];
+    for (int64_t i = 0; i < count; ++i) sums[i] = beta == 0 ? 0 : static_cast<double>(beta * out[first + i]);
+    for (int64_t row = 0; row < rows; ++row)
+      for (int64_t i = 0; i < count; ++i) sums[i] += static_cast<double>(d[row * width + first + i]);
+    for (int64_t i = 0; i < count; ++i) out[first + i] = static_cast<A>(sums[i]);
+  });
+}
+
 // dweight = d' x and dbias = column sums of d, added to what is there with beta = 1.
 template <class A>
 void linear_weight(const A* d, const A* x, int64_t rows, int64_t out_size, int64_t in, A beta, A* dweight, A* dbias) {
-  if (beta == 0) clear<A>(dbias, out_size);
-  for (int64_t row = 0; row < rows; ++row) axpy(A(1), d + row * out_size, dbias, out_size);
+  column_sums<A>(d, rows, out_size, beta, dbias);
   if (rows == 0) {
     if (beta == 0) clear<A>(dweight, out_size * in);
   } else {
@@ -237,11 +250,11 @@ struct KeySplit {
     tile = divide_up(piece, divide_up(piece, largest));
   }
 
-  // body(image, split, first token, end) for every piece, on all threads.
+  // body(image, split, first token, end) for every piece of images [first, last), on all threads.
   template <class F>
-  void each(const EmbeddedQuerySizes& sizes, F&& body) const {
-    parallel_for(sizes.images * splits, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
+  void each(const EmbeddedQuerySizes& sizes, int64_t first, int64_t last, F&& body) const {
+    parallel_for((last - first) * splits, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = first * splits + begin; i < first * splits + end; ++i) {
         const int64_t split = i % splits;
         body(i / splits, split, split * piece, std::min((split + 1) * piece, sizes.tokens));
       }
