@@ -7,6 +7,25 @@
 
 #include "instructions.cuh"
 
+namespace flashsloth::cuda {
+
+// How 16-byte chunks change places within a pattern of 8 rows of that many bytes, in tiles that TMA writes and wgmma
+// reads. It works on the absolute shared address, so a tile is aligned to its pattern (8 rows: 1024, 512, 256 bytes).
+enum class Swizzle : int { none = 0, bytes128 = 1, bytes64 = 2, bytes32 = 3 };
+
+// The bytes of a row of the pattern; without a swizzle, of a chunk.
+__host__ __device__ constexpr uint32_t row_bytes(Swizzle swizzle) {
+  return swizzle == Swizzle::bytes128 ? 128 : swizzle == Swizzle::bytes64 ? 64 : swizzle == Swizzle::bytes32 ? 32 : 16;
+}
+
+// Where the byte at `address` (or offset into an aligned tile) lies: address bits 4.. are XORed with bits 7.., as many
+// as number the chunks of a row.
+__host__ __device__ constexpr uint32_t swizzled(uint32_t address, Swizzle swizzle) {
+  return address ^ (address >> 7 & (row_bytes(swizzle) / 16 - 1)) << 4;
+}
+
+}  // namespace flashsloth::cuda
+
 #if defined(FLASHSLOTH_EMULATE)
 #include "hopper.h"
 #else

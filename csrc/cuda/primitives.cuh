@@ -13,7 +13,7 @@ template <class To, class From>
 __device__ __forceinline__ To reinterpret_bits(const From& from) {
   static_assert(sizeof(To) == sizeof(From), "reinterpret_bits keeps the size");
   To to;
-  memcpy(&to, &from, sizeof to);
+  memcpy(static_cast<void*>(&to), &from, sizeof to);
   return to;
 }
 

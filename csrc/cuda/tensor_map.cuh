@@ -9,7 +9,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "wgmma.cuh"
+#include "hopper.cuh"
 
 namespace flashsloth::cuda {
 

@@ -13,10 +13,6 @@ namespace flashsloth::cuda {
 // The dimension whose neighbours lie side by side in memory: k, or the other one (m of A, n of B).
 enum class Major : int { k = 0, mn = 1 };
 
-// How 16-byte chunks are exchanged within a pattern of 8 rows: address bits 4.. are XORed with bits 7.. (3, 2 or 1 of
-// them), by wgmma and TMA alike, on the absolute shared address: the pattern (1024, 512, 256 bytes) is aligned.
-enum class Swizzle : int { none = 0, bytes128 = 1, bytes64 = 2, bytes32 = 3 };
-
 // The 64-bit descriptor of a shared operand: bits 0-13 start address, 16-29 leading offset, 32-45 stride offset, all in
 // units of 16 bytes; 62-63 swizzle. Rows below are lines of the swizzle's width W (128, 64, 32 bytes; none: 16).
 //

@@ -2,7 +2,8 @@
 // a GPU. A kernel file is compiled by an ordinary C++ compiler and linked with one file of this folder:
 //
 //   g++ -std=c++17 -O2 -fPIC -fvisibility=hidden -fno-strict-aliasing -ftrivial-auto-var-init=pattern
-//       -Wno-unknown-pragmas -Wno-psabi -DFLASHSLOTH_EMULATE -I csrc/cuda -I tests/emulator -isystem $CUDA/include -include tests/emulator/emulator.h
+//       -Wno-unknown-pragmas -Wno-psabi -DFLASHSLOTH_EMULATE
+//       -I csrc/cuda -I tests/emulator -isystem $CUDA/include -include tests/emulator/emulator.h
 //       -x c++ csrc/cuda/spatial_pool.cu -x none tests/emulator/emulator.cpp
 //
 // Only the headers of the CUDA toolkit are needed; nothing of its libraries. Visibility is hidden because the runtime's
