@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 TENSOR = re.compile(r"(?:HMMA|HGMMA|QGMMA|IGMMA|IMMA|DMMA|UTC[A-Z]*MMA)\b")
 GLOBAL_LOAD = re.compile(r"(?:LDG|LDGSTS|UBLKCP|UTMALDG|UTMACCTL|LD)\b")
+GLOBAL = re.compile(r"(?:LD|LDG|LDGSTS|ST|STG|ATOM|ATOMG|RED|REDG|UBLK\w+|UTMA\w+)\b")
 LOCAL = {"STL": "stores", "LDL": "loads"}
 
 
@@ -36,7 +37,7 @@ class Binary(NamedTuple):
     local: Local  # spilled, in all
     local_in_loops: Local  # of these, in main loops
     tensor: dict[str, int]  # tensor-core instructions, by opcode and shape
-    instructions: int
+    touches_memory: bool  # of the device: where not, the code was meant for other architectures
 
 
 class Instruction(NamedTuple):
@@ -73,8 +74,9 @@ def describe(name: str, registers: int, stack: int, shared: int, lines: list[str
             kind = ".".join(i.opcode.split(".")[:2])
             tensor[kind] = tensor.get(kind, 0) + 1
     looped = set().union(*main_loops(instructions, labels))
+    touches = any(GLOBAL.match(i.opcode) for i in instructions)
     inside = [i for at, i in enumerate(instructions) if at in looped]
-    return Binary(name, registers, stack, shared, _local(instructions), _local(inside), tensor, len(instructions))
+    return Binary(name, registers, stack, shared, _local(instructions), _local(inside), tensor, touches)
 
 
 def _local(instructions: Iterable[Instruction]) -> Local:

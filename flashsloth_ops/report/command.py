@@ -60,7 +60,10 @@ def main(given: argparse.Namespace) -> int:
         tools = triton_kernels.tools()
         files = [(f, a) for f in cuda_kernels.sources() for a in architectures if a.capability in cuda_kernels.COMPUTE]
         work += [partial(cuda_kernels.compile_file, f, a, tools) for f, a in files]
-    rows = [row for row in _parallel(work, given.jobs) if given.only in row.kernel]
+    rows = _parallel(work, given.jobs)
+    if no_cuda is None and not given.only:
+        problems += [p for a in architectures for p in cuda_kernels.absent(rows, a)]
+    rows = [row for row in rows if given.only in row.kernel]
 
     print(" ".join(f"{tool} {version}" for tool, version in versions.items()))
     print(table.render(rows))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -163,6 +164,72 @@ def test_spills_outside_the_innermost_loop_with_work_are_not_in_it() -> None:
     assert binary.main_loops(instructions, labels) == [frozenset([1, 2])]
     found = binary.describe("kernel", 32, 16, 0, text.splitlines())
     assert (found.local, found.local_in_loops) == (binary.Local(4, 4), binary.Local(0, 0))
+
+
+# ---- CUDA C++ ----
+
+CUDA_SOURCE = """
+namespace flashsloth::cuda {
+extern __shared__ float dynamic[];
+struct Sizes { static constexpr int kBytes = 40000; };
+
+template <int N>
+__global__ void __launch_bounds__(64, 2) reversed_kernel(float* x) {
+  dynamic[threadIdx.x] = x[threadIdx.x * N];
+  __syncthreads();
+  x[threadIdx.x] = dynamic[63 - threadIdx.x];
+}
+template __global__ void reversed_kernel<3>(float*);
+
+__global__ void unbounded_kernel(float* x) { x[threadIdx.x] = 1; }
+
+__global__ void __launch_bounds__(32) only_90_kernel(float* x) {
+#if __CUDA_ARCH__ >= 900
+  x[threadIdx.x] = 1;
+#endif
+}
+
+__global__ void __launch_bounds__(32) array_kernel(float* x, const int* at, int n) {
+  float values[100];
+  for (int i = 0; i < 100; ++i) values[i] = x[i];
+  for (int i = 0; i < n; ++i) values[at[i]] += values[at[i + 1]];
+  for (int i = 0; i < 100; ++i) x[i] = values[i];
+}
+}  // namespace flashsloth::cuda
+"""
+
+
+@needs_triton
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+@pytest.mark.parametrize("capability", [80, 90])
+def test_cuda_kernels(tmp_path: Path, capability: int) -> None:
+    from flashsloth_ops.report import cuda_kernels, triton_kernels
+
+    source = tmp_path / "made_up.cu"
+    source.write_text(CUDA_SOURCE)
+    described = {
+        "reversed_kernel": cuda_kernels.Kernel("made_up.cu", "Sizes::kBytes + 960"),
+        "array_kernel": cuda_kernels.Kernel("made_up.cu", tensor="HGMMA"),
+        "elsewhere_kernel": cuda_kernels.Kernel("other.cu", "no_such_constant"),
+    }
+    on, tools = ARCHITECTURES[capability], triton_kernels.tools()
+    rows = {row.kernel: row for row in cuda_kernels.compile_file(source, on, tools, described)}
+    assert ("only_90_kernel" in rows) == (capability == 90)
+    row = rows["reversed_kernel"]
+    assert (row.case, row.warps, row.shared, row.error) == ("3", 2, 40960, "")
+    assert row.blocks == {80: 4, 90: 5}[capability]
+    assert row.limit == "shared memory"
+    assert rows["unbounded_kernel"].error.startswith("without __launch_bounds__")
+    array = rows["array_kernel"]
+    assert min(array.spilled_in_loops) >= 4
+    assert array.error == f"expected {'HMMA' if capability == 80 else 'HGMMA'} instructions, found none"
+    undescribed = cuda_kernels.compile_file(source, on, tools, {})
+    (row,) = [row for row in undescribed if row.kernel == "reversed_kernel"]
+    assert row.error == "has dynamic shared memory; say how much in KERNELS of cuda_kernels.py"
+    wrong = {"reversed_kernel": cuda_kernels.Kernel("made_up.cu", "Sizes::kNoSuch")}
+    (row,) = cuda_kernels.compile_file(source, on, tools, wrong)
+    assert "does not compile" in row.error
+    assert "kNoSuch" in row.error
 
 
 # ---- occupancy, failures, comparison ----
