@@ -5,6 +5,8 @@
 #include "launch.cuh"
 #include "spatial_pool.h"
 #include "spatial_pool_sm80.cuh"
+#include "spatial_pool_sm90.cuh"
+#include "tensor_map.cuh"
 
 namespace flashsloth::cuda {
 namespace {
@@ -80,16 +82,60 @@ void two_kernels(const PoolParams<T>& p, cudaStream_t stream) {
   launch_kernel("spatial_pool_windows_kernel", spatial_pool_windows_kernel<T, Vector>, launch, p, parts(p.hidden));
 }
 
+template <class T, int Units, int Groups>
+void one_kernel(const PoolParams<T>& p, cudaStream_t stream) {
+  using Tile = ClusterTile<Units, Groups>;
+  const uint64_t row_bytes = sizeof(T) * static_cast<uint64_t>(p.dim);
+  const uint64_t dim = p.dim, tokens = p.tokens, hidden = p.hidden;
+  const uint32_t depth = Tile::kDepth, row = p.window_width;
+  const CUtensorMap x = tensor_map<T, 2>(p.x, {dim, tokens}, {row_bytes}, {depth, row}, Swizzle::bytes128);
+  const CUtensorMap w1 = tensor_map<T, 2>(p.w1, {dim, hidden}, {row_bytes}, {depth, Units}, Swizzle::bytes128);
+  const int per_tile = Tile::kTokens / (p.window_height * p.window_width), tiles = (p.windows - 1) / per_tile + 1;
+  launch_kernel("spatial_pool_cluster_kernel", spatial_pool_cluster_kernel<T, Units, Groups>,
+                {dim3(Tile::kBlocks * tiles), dim3(Tile::kThreads), Tile::kSharedBytes, stream, dim3(Tile::kBlocks)}, p,
+                x, w1);
+}
+
+// The tile that computes the fewest units for nothing; and the larger one, which reads w1 half as often, once smaller
+// ones would not all run at once.
+template <class T>
+void one_kernel(const PoolParams<T>& p, cudaStream_t stream) {
+  const auto computed = [&](int units) { return (p.hidden + 8 * units - 1) / (8 * units) * units; };
+  const int per_tile = 64 / (p.window_height * p.window_width);
+  const bool large = per_tile == 0 || 8 * ((p.windows - 1) / per_tile + 1) > device().multiprocessors;
+  if (computed(96) < computed(144)) {
+    large ? one_kernel<T, 96, 2>(p, stream) : one_kernel<T, 96, 1>(p, stream);
+  } else {
+    large ? one_kernel<T, 144, 2>(p, stream) : one_kernel<T, 144, 1>(p, stream);
+  }
+}
+
+bool vectors(const SpatialPoolForward& args) {
+  return args.dim % 8 == 0 && aligned(args.x) && aligned(args.w1) && aligned(args.y);
+}
+
+// What the cluster kernel assumes: TMA's 16-byte rows and 32-bit coordinates, windows that fit its larger tile.
+bool fits_one_kernel(const SpatialPoolForward& args) {
+  const int64_t area = std::min(args.window_height, args.height) * std::min(args.window_width, args.width);
+  return runs_sm90a() && args.grids == nullptr && vectors(args) && args.dim > 0 && args.hidden > 0 && area <= 128 &&
+         args.tokens <= (int64_t{1} << 30) && args.windows <= (int64_t{1} << 27);
+}
+
 template <class T>
 void forward(const SpatialPoolForward& args, float* scratch, cudaStream_t stream) {
   const PoolParams<T> p = params<T>(args, scratch);
-  const bool vector = args.dim % 8 == 0 && aligned(args.x) && aligned(args.w1) && aligned(args.y);
-  vector ? two_kernels<T, true>(p, stream) : two_kernels<T, false>(p, stream);
+  if (fits_one_kernel(args)) {
+    one_kernel<T>(p, stream);
+  } else {
+    vectors(args) ? two_kernels<T, true>(p, stream) : two_kernels<T, false>(p, stream);
+  }
 }
 
 }  // namespace
 
-int64_t spatial_pool_scratch(const SpatialPoolForward& args) { return parts(args.hidden) * args.tokens; }
+int64_t spatial_pool_scratch(const SpatialPoolForward& args) {
+  return args.tokens == 0 || fits_one_kernel(args) ? 0 : parts(args.hidden) * args.tokens;
+}
 
 void spatial_pool_forward(const SpatialPoolForward& args, float* scratch, cudaStream_t stream) {
   check(args);
