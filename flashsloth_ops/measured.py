@@ -14,6 +14,7 @@ import functools
 import json
 import os
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,16 @@ def config(gpu: str, kernel: str, key: str) -> dict[str, int] | None:
 
 
 def keep(gpu: str, kernel: str, key: str, found: dict[str, int]) -> None:
-    """Store a tuned configuration in the user's folder."""
+    """Store a tuned configuration in the user's folder; where that cannot be written to, for this process only."""
     path = _own_folder() / file_name(gpu)
     own = _read(path)
     own.setdefault("gpu", gpu)
     own.setdefault("configs", {}).setdefault(kernel, {})[key] = found
-    _write(path, own)
+    try:
+        _write(path, own)
+    except OSError as error:
+        warnings.warn(f"tuned configurations are not kept: {error}; set FLASHSLOTH_CONFIG_DIR", stacklevel=2)
+    table(gpu)["configs"].setdefault(kernel, {})[key] = found
 
 
 def ship(gpu: str, faster: list[str]) -> Path:
@@ -78,7 +83,7 @@ def _write(path: Path, document: dict[str, Any]) -> None:
 def _read(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return {}
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: expected tuned configurations as JSON, got {error}") from None

@@ -46,16 +46,16 @@ def _empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
 
 def _spatial_pool() -> Iterator[Case]:
     for batch, dtype in ((64, BF16), (1, BF16), (1, FP32), (64, FP32), (8, BF16), (1, FP16)):
-        yield Case(f"pool B={batch} {_short(dtype)}", partial(_pool, batch, dtype))
+        yield Case(f"pool B={batch} {_short(dtype)}", partial(pool, batch, dtype))
     for dtype in (BF16, FP32):
-        yield Case(f"pool B=64 {_short(dtype)} dropout", partial(_pool, 64, dtype, dropout=0.1))
-        yield Case(f"pool packed {_short(dtype)}", partial(_pool, 8, dtype, packed=True))
-    yield Case("pool packed bf16 dropout", partial(_pool, 8, BF16, dropout=0.1, packed=True))
-    yield Case("pool window 2x4 bf16", partial(_pool, 8, BF16, window=(2, 4)))
-    yield Case("pool odd sizes bf16", partial(_pool, 3, BF16, dim=1155, hidden=1003))
+        yield Case(f"pool B=64 {_short(dtype)} dropout", partial(pool, 64, dtype, dropout=0.1))
+        yield Case(f"pool packed {_short(dtype)}", partial(pool, 8, dtype, packed=True))
+    yield Case("pool packed bf16 dropout", partial(pool, 8, BF16, dropout=0.1, packed=True))
+    yield Case("pool window 2x4 bf16", partial(pool, 8, BF16, window=(2, 4)))
+    yield Case("pool odd sizes bf16", partial(pool, 3, BF16, dim=1155, hidden=1003))
 
 
-def _pool(
+def pool(
     batch: int,
     dtype: torch.dtype,
     *,
@@ -88,14 +88,14 @@ def _pool(
 
 def _embedded_query() -> Iterator[Case]:
     for images, dtype in ((1, BF16), (64, BF16), (1, FP32), (64, FP32), (1, FP16)):
-        yield Case(f"query B={images} {_short(dtype)}", partial(_query, images, 1, 729, dtype))
-    yield Case("query B=8 bf16", partial(_query, 8, 1, 729, BF16))
-    yield Case("query 4 questions bf16", partial(_query, 2, 4, 729, BF16))
-    yield Case("query 3645 tokens bf16", partial(_query, 1, 1, 3645, BF16))
-    yield Case("query 48 inner 8 heads bf16", partial(_query, 2, 1, 100, BF16, inner=48, heads=8, dim=64, model=80))
+        yield Case(f"query B={images} {_short(dtype)}", partial(query, images, 1, 729, dtype))
+    yield Case("query B=8 bf16", partial(query, 8, 1, 729, BF16))
+    yield Case("query 4 questions bf16", partial(query, 2, 4, 729, BF16))
+    yield Case("query 3645 tokens bf16", partial(query, 1, 1, 3645, BF16))
+    yield Case("query 48 inner 8 heads bf16", partial(query, 2, 1, 100, BF16, inner=48, heads=8, dim=64, model=80))
 
 
-def _query(
+def query(
     images: int,
     questions: int,
     tokens: int,
@@ -135,20 +135,20 @@ def _query(
 
 def _sparse_prefill() -> Iterator[Case]:
     for dim in (80, 72, 128, 64, 96, 256):
-        yield Case(f"prefill d={dim} causal bf16", partial(_prefill, dim, BF16, sparse=False, causal=True))
-        yield Case(f"prefill d={dim} dense bf16", partial(_prefill, dim, BF16, sparse=False, causal=False))
-        yield Case(f"prefill d={dim} kept bf16", partial(_prefill, dim, BF16, sparse=True, causal=True))
-    yield Case("prefill d=80 kept dense bf16", partial(_prefill, 80, BF16, sparse=True, causal=False))
-    yield Case("prefill d=128 GQA kept bf16", partial(_prefill, 128, BF16, sparse=True, causal=True, kv_heads=8))
-    yield Case("prefill d=80 few rows bf16", partial(_prefill, 80, BF16, sparse=False, causal=True, rows=9, keys=4096))
-    yield Case("prefill d=80 packed bf16", partial(_prefill, 80, BF16, sparse=True, causal=True, packed=True))
-    yield Case("prefill d=80 causal fp16", partial(_prefill, 80, FP16, sparse=False, causal=True))
+        yield Case(f"prefill d={dim} causal bf16", partial(prefill, dim, BF16, sparse=False, causal=True))
+        yield Case(f"prefill d={dim} dense bf16", partial(prefill, dim, BF16, sparse=False, causal=False))
+        yield Case(f"prefill d={dim} kept bf16", partial(prefill, dim, BF16, sparse=True, causal=True))
+    yield Case("prefill d=80 kept dense bf16", partial(prefill, 80, BF16, sparse=True, causal=False))
+    yield Case("prefill d=128 GQA kept bf16", partial(prefill, 128, BF16, sparse=True, causal=True, kv_heads=8))
+    yield Case("prefill d=80 few rows bf16", partial(prefill, 80, BF16, sparse=False, causal=True, rows=9, keys=4096))
+    yield Case("prefill d=80 packed bf16", partial(prefill, 80, BF16, sparse=True, causal=True, packed=True))
+    yield Case("prefill d=80 causal fp16", partial(prefill, 80, FP16, sparse=False, causal=True))
     for dim in (80, 64, 128, 256):
-        yield Case(f"prefill d={dim} kept fp32", partial(_prefill, dim, FP32, sparse=True, causal=True))
-    yield Case("prefill d=40 causal bf16", partial(_prefill, 40, BF16, sparse=False, causal=True))
+        yield Case(f"prefill d={dim} kept fp32", partial(prefill, dim, FP32, sparse=True, causal=True))
+    yield Case("prefill d=40 causal bf16", partial(prefill, 40, BF16, sparse=False, causal=True))
 
 
-def _prefill(
+def prefill(
     dim: int,
     dtype: torch.dtype,
     *,

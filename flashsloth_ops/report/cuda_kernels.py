@@ -33,7 +33,11 @@ class Kernel(NamedTuple):
     architectures: tuple[int, ...] = (80, 90)
 
 
-KERNELS: dict[str, Kernel] = {}
+KERNELS = {
+    "spatial_pool_scores_kernel": Kernel("spatial_pool.cu", "ScoresTile::kSharedBytes", "HMMA"),
+    "sparse_prefill_kernel": Kernel("sparse_prefill.cu", "prefill::kSharedBytes", "HGMMA", (90,)),
+    "importance_kernel": Kernel("sparse_prefill.cu", "importance::kSharedBytes", "HMMA", (90,)),
+}
 
 
 def sources() -> list[Path]:
@@ -50,7 +54,8 @@ def missing() -> str | None:
 def absent(rows: list[Row], on: Architecture) -> list[str]:
     """Kernels that should be in the table and are not."""
     seen = {row.kernel for row in rows if row.language == "cuda" and row.arch == on.name}
-    wanted = sorted(name for name, kernel in KERNELS.items() if on.capability in kernel.architectures)
+    files = {source.name for source in sources()}
+    wanted = sorted(n for n, k in KERNELS.items() if k.file in files and on.capability in k.architectures)
     return [f"{name} (cuda) on {on.name}: not in its binary" for name in wanted if name not in seen]
 
 
@@ -106,11 +111,12 @@ def _row(code: binary.Binary, on: Architecture, ptx: str, kernels: dict[str, Ker
 
 
 def demangled(symbol: str) -> tuple[str, str]:
-    """``_ZN1a3fooILi3EEEvPf`` -> ``foo``, ``3``."""
+    """``_ZN1a3fooI6__halfLi3EEEvPf`` -> ``foo``, ``fp16, 3``."""
     tool = shutil.which("c++filt") or shutil.which("cu++filt")
     if tool is None:
         return symbol, ""
     text = subprocess.run([tool, symbol], capture_output=True, text=True).stdout.strip()
+    text = text.replace("__nv_bfloat16", "bf16").replace("__half", "fp16")
     found = re.match(r"(?:\w+ )?(?:[\w() ]+::)*(\w+)(?:<(.*)>)?\(", text)
     return (found[1], found[2] or "") if found else (text, "")
 

@@ -34,13 +34,13 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     An empty grid launches nothing. Raises BackendError for a grid beyond the limits of a GPU, before the launch, for
     tensors on a CPU outside the interpreter, and for whatever the compiler or the driver refuse.
     """
-    for axis, (blocks, limit) in enumerate(zip(grid, MAX_GRID, strict=False)):
-        if blocks > limit:
-            raise BackendError(
-                f"{kernel.__name__}: expected at most {limit} blocks along grid axis {axis}, got {blocks}"
-            )
     if 0 in grid:
         return
+    for axis, blocks in enumerate(grid):
+        if blocks > MAX_GRID[axis]:
+            raise BackendError(
+                f"{kernel.__name__}: expected at most {MAX_GRID[axis]} blocks along grid axis {axis}, got {blocks}"
+            )
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, args, options))
         return

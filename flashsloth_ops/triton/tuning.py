@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable
 
 import torch
 
 from flashsloth_ops import measured
+from flashsloth_ops.backend import BackendError
 
 Config = dict[str, int]  # block sizes, num_warps and num_stages, by the names the kernel and the launch give them
 
@@ -30,11 +32,16 @@ def choose(
         heuristic: what an unmeasured GPU gets.
         space: the candidates, few; called under ``FLASHSLOTH_AUTOTUNE=1`` only.
         run: launches the kernel with a candidate, on tensors it may overwrite.
+
+    A stored configuration that names other parameters than the heuristic is of another version of the kernel, and is
+    passed over.
     """
     if device.type != "cuda":
         return heuristic
     gpu = torch.cuda.get_device_name(device)
     found = measured.config(gpu, kernel, key)
+    if found is not None and found.keys() != heuristic.keys():
+        found = None
     if found is None and AUTOTUNE and not torch.cuda.is_current_stream_capturing():
         found = _search(heuristic, space(), run)
         measured.keep(gpu, kernel, key, found)
@@ -50,14 +57,20 @@ def bucket(length: int) -> int:
 
 
 def _search(heuristic: Config, space: Iterable[Config], run: Callable[[Config], object]) -> Config:
-    from triton.testing import do_bench
-
-    best, least = heuristic, do_bench(lambda: run(heuristic), warmup=5, rep=20, return_mode="median")
-    for candidate in space:
+    """The fastest of the heuristic and the candidates. One that needs more than this GPU has is passed over."""
+    best, least = heuristic, math.inf
+    for candidate in (heuristic, *(c for c in space if c != heuristic)):
         try:
-            time = do_bench(lambda c=candidate: run(c), warmup=5, rep=20, return_mode="median")
-        except RuntimeError:  # more shared memory or registers than this GPU has
+            time = _milliseconds(lambda c=candidate: run(c))  # type: ignore[misc]
+        except BackendError:
             continue
         if time < least:
             best, least = candidate, time
     return best
+
+
+def _milliseconds(run: Callable[[], object]) -> float:
+    from triton.testing import do_bench
+
+    median: float = do_bench(run, warmup=5, rep=20, return_mode="median")
+    return median
