@@ -358,16 +358,15 @@ def test_mistakes_are_named(emulated_cases: Cases, mistake: int, seed: int) -> N
     assert str(raised.value).startswith("wrong: cudaLaunchKernelEx failed: cudaErrorLaunchFailure")
 
 
-@pytest.mark.parametrize("mistake", [0, 1], ids=["no wgmma_wait", "no fence_proxy_async"])
-def test_mistakes_of_wgmma_are_wrong_results(emulated_cases: Cases, mistake: int) -> None:
+def test_wgmma_without_wait_is_a_wrong_result(emulated_cases: Cases) -> None:
     out = np.zeros(128, np.float32)
-    emulated_cases.run("wrong_wgmma", out, numbers=(mistake,))
+    emulated_cases.run("wrong_wgmma", out, numbers=(0,))
     assert np.isnan(out).all()
 
 
 @pytest.mark.parametrize(
     ("mistake", "words"),
-    [(2, "wgmma: no wgmma_fence since the last group"), (3, r"wgmma, operand B: bytes \d+ to \d+ are not in")],
+    [(1, "wgmma: no wgmma_fence since the last group"), (2, r"wgmma, operand B: bytes \d+ to \d+ are not in")],
 )
 def test_mistakes_of_wgmma_are_named(emulated_cases: Cases, mistake: int, words: str) -> None:
     with pytest.raises(RuntimeError, match=words):
@@ -383,7 +382,6 @@ HOPPER_MISTAKES = [
     r"tma_load 2D: shared address \d+ is not a multiple of 128",
     r"deadlock: block \(\d, 0, 0\): 1 threads at mbarrier_wait, the first \(0, 0, 0\)",
     "ended with bulk stores that still read its shared memory",
-    "tma_load 2D: no mbarrier_init_fence since the mbarrier",
 ]
 
 
@@ -392,13 +390,6 @@ HOPPER_MISTAKES = [
 def test_mistakes_on_hopper_are_named(emulated_cases: Cases, mistake: int, seed: int) -> None:
     with seeded(seed), pytest.raises(RuntimeError, match=HOPPER_MISTAKES[mistake]):
         emulated_cases.run("wrong_hopper", np.zeros(256, np.float32), numbers=(mistake,))
-
-
-def test_launches_that_would_hang_or_race_are_named(emulated_cases: Cases) -> None:
-    with pytest.raises(RuntimeError, match="want 720 registers for each of 128 threads, there are 512"):
-        emulated_cases.run("too_many_registers", numbers=(0,))
-    with pytest.raises(RuntimeError, match="launched to overlap the kernel before it"):
-        emulated_cases.run("overlap_without_wait")
 
 
 def test_sm80_has_no_instructions_of_sm90(emulated_cases: Cases) -> None:
