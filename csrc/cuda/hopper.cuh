@@ -106,7 +106,9 @@ __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.
 
 // ---- Registers ----
 
-// All warps of a warpgroup: give registers back, or get them (N a multiple of 8 from 24 to 256).
+// All warps of a warpgroup: give registers back, or wait for them (N a multiple of 8 from 24 to 256). The kernel has
+// __launch_bounds__, or the compiler ignores it; what the warpgroups want together is at most what the block started
+// with, or the wait never ends.
 template <int N>
 __device__ __forceinline__ void decrease_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
@@ -215,7 +217,7 @@ __device__ __forceinline__ uint32_t cluster_rank() {
 
 __device__ __forceinline__ uint32_t cluster_size() {
   uint32_t size;
-  asm volatile("mov.u32 %0, %%cluster_nctaid.x; " : "=r"(size));
+  asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
   return size;
 }
 

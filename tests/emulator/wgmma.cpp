@@ -44,13 +44,13 @@ void gather(Block& block, const Descriptor& descriptor, bool is_bf16, uint32_t r
   if (descriptor.mn_major) {
     for (uint32_t k = 0; k < 16; ++k)
       for (uint32_t mn = 0; mn < rows; mn += 8) {
-        std::memcpy(chunk, shared_bytes(block, descriptor.chunk(mn, k), 16, 16, what), 16);
+        std::memcpy(chunk, proxy_bytes(block, descriptor.chunk(mn, k), 16, 16, what), 16);
         for (uint32_t i = 0; i < 8; ++i) out[k * rows + mn + i] = element_to_float(chunk[i], is_bf16);
       }
   } else {
     for (uint32_t mn = 0; mn < rows; ++mn)
       for (uint32_t k = 0; k < 16; k += 8) {
-        std::memcpy(chunk, shared_bytes(block, descriptor.chunk(mn, k), 16, 16, what), 16);
+        std::memcpy(chunk, proxy_bytes(block, descriptor.chunk(mn, k), 16, 16, what), 16);
         for (uint32_t i = 0; i < 8; ++i) out[(k + i) * rows + mn] = element_to_float(chunk[i], is_bf16);
       }
   }
