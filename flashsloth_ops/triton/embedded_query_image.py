@@ -74,9 +74,7 @@ def query_asked_kernel(
     is_unit = unit < head_dim
     units = head * head_dim + tl.minimum(unit, head_dim - 1)
     q = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    q = row_product(
-        rows_at(told, row, rows, inner), rows_at(wq, units, inner, inner), q, 0, inner, BLOCK_E, PRECISION
-    )
+    q = row_product(rows_at(told, row, rows, inner), rows_at(wq, units, inner, inner), q, 0, inner, BLOCK_E, PRECISION)
     q += tl.load(bq + units, mask=is_unit, other=0.0).to(tl.float32)[None, :]
     q = tl.where(is_unit[None, :], q, 0.0).to(wk.dtype.element_ty)
 
@@ -191,7 +189,7 @@ def query_pool_kernel(
     there = row < rows
     at = image * rows + row
     top, total = softmax_row(blocks, at, there, token_blocks, BLOCK_S)
-    if softmax is not None:
+    if softmax is not None:  # noqa: SIM102 - this one is decided when compiling
         if (column_block == 0) & (split == 0):
             tl.store(softmax + at * 2, top, mask=there)
             tl.store(softmax + at * 2 + 1, total, mask=there)

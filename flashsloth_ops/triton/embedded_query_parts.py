@@ -1,4 +1,4 @@
-"""What the kernels of embedded-query attention share: a product of rows, and where rows of text lie."""
+"""What the kernels of embedded-query attention share: a product of rows, and where ``hidden`` keeps a row."""
 
 # mypy: allow-untyped-defs
 import triton
@@ -27,26 +27,30 @@ def rows_at(base, rows, count, width):
 
 
 @triton.jit
-def text_spans(lengths, question, batch, text, BLOCK_B: tl.constexpr):
-    """Of question b (a tensor of them): its length, the valid rows of text before it, and those of the whole batch."""
-    if lengths is None:
-        length = tl.zeros_like(question) + text
-        before = question * text
-        total = tl.zeros_like(question) + batch * text
-    else:
-        length = tl.load(lengths + question)
-        before = tl.zeros_like(question)
-        total = tl.zeros_like(question)
-        for first in range(0, batch, BLOCK_B):
-            others = first + tl.arange(0, BLOCK_B)[None, :]
-            valid = tl.load(lengths + others, mask=others < batch, other=0)
-            before += tl.sum(tl.where(others < question[:, None], valid, 0), axis=1)
-            total += tl.sum(valid, axis=1)
-    return length, before, total
+def hidden_row(lengths, row, rows_of_query, text_length, batch, BLOCK_B: tl.constexpr):
+    """Where ``hidden`` keeps a row, and whether it is one of padding.
 
-
-@triton.jit
-def packed_row(position, length, before, total, question, text):
-    """Where ``hidden`` keeps a row of text: the valid rows of all questions first, then padding, which is zero there."""
-    padding = total + question * text - before + position - length
-    return tl.where(position < length, before + position, padding)
+    Query rows come first, then the valid rows of all texts, packed, then padding, which is zero there. How many valid
+    rows lie before a text is summed here: the lengths are on the device.
+    """
+    row = tl.cast(row, tl.int64)
+    kept = row
+    live = row >= 0
+    if lengths is not None:  # noqa: SIM102 - this one is decided when compiling
+        if row >= rows_of_query:
+            question = (row - rows_of_query) // text_length
+            position = (row - rows_of_query) % text_length
+            length = tl.load(lengths + question)
+            before = tl.zeros((BLOCK_B,), tl.int64)
+            total = tl.zeros((BLOCK_B,), tl.int64)
+            for first in range(0, batch, BLOCK_B):
+                others = first + tl.arange(0, BLOCK_B)
+                valid = tl.load(lengths + others, mask=others < batch, other=0)
+                before += tl.where(others < question, valid, 0)
+                total += valid
+            live = position < length
+            # Rows of padding before this one: those of questions before it, and of its own.
+            ahead = tl.sum(before, axis=0)
+            padding = question * text_length - ahead + position - length
+            kept = rows_of_query + tl.where(live, ahead + position, tl.sum(total, axis=0) + padding)
+    return kept, live

@@ -8,7 +8,7 @@ is never multiplied, only replaced by zero.
 import triton
 import triton.language as tl
 
-from flashsloth_ops.triton.embedded_query_parts import packed_row, row_product, rows_at, text_spans
+from flashsloth_ops.triton.embedded_query_parts import hidden_row, row_product, rows_at
 
 
 @triton.jit(do_not_specialize=["rows_of_query", "rows_of_text", "text_length"])
@@ -48,35 +48,30 @@ def query_norm_kernel(
     rows_of_query, rows_of_text, text_length, batch, inner, splits, eps,
     BLOCK_E: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    """One row: adds up its shares, keeps it in ``hidden`` unless None, and normalises it; a row of padding is zero."""
+    """One row: adds up its shares, keeps it in ``hidden`` unless None, and normalises it; a row of padding is zero.
+
+    ``partial`` None: the row is in ``hidden`` already.
+    """
     row = tl.program_id(0)
     columns = tl.arange(0, BLOCK_E)
     exists = columns < inner
-    is_query = row < rows_of_query
-    rows = rows_of_query + rows_of_text
-    x = tl.load(bias + columns, mask=exists, other=0.0).to(tl.float32)
-    for split in range(splits):
-        x += tl.load(partial + (tl.cast(split, tl.int64) * rows + row) * inner + columns, mask=exists, other=0.0)
-
-    kept = row.to(tl.int64)
-    live = row >= 0
-    if not is_query:
-        of_text = row - rows_of_query
-        question = (of_text // text_length + tl.zeros((1,), tl.int32)).to(tl.int64)
-        length, before, total = text_spans(lengths, question, batch, text_length, BLOCK_B)
-        position = of_text % text_length
-        place = packed_row(position, length, before, total, question, text_length)
-        kept = rows_of_query + tl.sum(place, axis=0)
-        live = position < tl.sum(length, axis=0)
-    x = tl.where(exists & live, x, 0.0)
-    if hidden is not None:
-        tl.store(hidden + kept * inner + columns, x, mask=exists)
+    kept, live = hidden_row(lengths, row, rows_of_query, text_length, batch, BLOCK_B)
+    if partial is None:
+        x = tl.load(hidden + kept * inner + columns, mask=exists & live, other=0.0)
+    else:
+        rows = rows_of_query + rows_of_text
+        x = tl.load(bias + columns, mask=exists, other=0.0).to(tl.float32)
+        for split in range(splits):
+            x += tl.load(partial + (tl.cast(split, tl.int64) * rows + row) * inner + columns, mask=exists, other=0.0)
+        x = tl.where(exists & live, x, 0.0)
+        if hidden is not None:
+            tl.store(hidden + kept * inner + columns, x, mask=exists)
 
     mean = tl.sum(x, axis=0) / inner
     centred = tl.where(exists, x - mean, 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=0) / inner + eps)
     gain, shift = gain_text, bias_text
-    if is_query:
+    if row < rows_of_query:
         gain, shift = gain_query, bias_query
     g = tl.load(gain + columns, mask=exists, other=0.0).to(tl.float32)
     b = tl.load(shift + columns, mask=exists, other=0.0).to(tl.float32)
