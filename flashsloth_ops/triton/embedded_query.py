@@ -78,14 +78,13 @@ def embedded_query(
     mean, rstd, lengths = mean.contiguous(), rstd.contiguous(), dense(text_lengths)
     p, s = Params(*(t.contiguous() for t in params)), Sizes.of(query, text, image, y, num_heads)
     kept = s.batch if save else 0
-    wide = {"dtype": torch.float32}
     out = torch.empty_like(query)
-    weights = query.new_empty((s.batch if return_weights else 0, s.queries, s.tokens), **wide)
-    hidden = query.new_empty((kept * (s.queries + s.text), s.inner), **wide)
-    told = query.new_empty((s.batch, s.queries, s.inner), **wide)
-    pooled = query.new_empty((kept, s.queries, s.heads, s.dim), **wide)
-    seen = query.new_empty((s.batch, s.queries, s.dim), **wide)
-    softmax = query.new_empty((kept, s.queries, s.heads, 2), **wide)
+    weights = query.new_empty((s.batch if return_weights else 0, s.queries, s.tokens), dtype=torch.float32)
+    hidden = query.new_empty((kept * (s.queries + s.text), s.inner), dtype=torch.float32)
+    told = query.new_empty((s.batch, s.queries, s.inner), dtype=torch.float32)
+    pooled = query.new_empty((kept, s.queries, s.heads, s.dim), dtype=torch.float32)
+    seen = query.new_empty((s.batch, s.queries, s.dim), dtype=torch.float32)
+    softmax = query.new_empty((kept, s.queries, s.heads, 2), dtype=torch.float32)
 
     normed = normalised_rows(query, text, lengths, p, s, eps, hidden if save else None)
     read_text(normed, lengths, p, s, told)
@@ -101,7 +100,9 @@ def embedded_query(
             mass, blocks, weights, s.rows, s.tokens, mass.shape[-1], s.heads,
             TOKENS=block_tokens, BLOCK_H=min(bucket(s.heads), 32), BLOCK_S=softmax_block(token_blocks),
         )  # fmt: skip
-    return out, weights, hidden, told[:kept], pooled, seen[:kept], softmax
+    if not save:
+        told, seen = torch.empty_like(told[:0]), torch.empty_like(seen[:0])
+    return out, weights, hidden, told, pooled, seen, softmax
 
 
 # ---- text ----

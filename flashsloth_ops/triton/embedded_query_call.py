@@ -55,7 +55,9 @@ class Sizes(NamedTuple):
 
     @staticmethod
     def of(query: Tensor, text: Tensor, image: Tensor, y: Tensor, heads: int) -> Sizes:
-        return Sizes(*query.shape[:2], text.shape[1], query.shape[2], *image.shape, y.shape[2], heads)
+        batch, queries, model = query.shape
+        images, tokens, dim = image.shape
+        return Sizes(batch, queries, text.shape[1], model, images, tokens, dim, y.shape[2], heads)
 
     @property
     def rows(self) -> int:
