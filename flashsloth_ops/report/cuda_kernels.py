@@ -35,6 +35,7 @@ class Kernel(NamedTuple):
 
 KERNELS = {
     "spatial_pool_scores_kernel": Kernel("spatial_pool.cu", "ScoresTile::kSharedBytes", "HMMA"),
+    "spatial_pool_cluster_kernel": Kernel("spatial_pool.cu", "ClusterTile<144, 1>::kSharedBytes", "HGMMA", (90,)),
     "sparse_prefill_kernel": Kernel("sparse_prefill.cu", "prefill::kSharedBytes", "HGMMA", (90,)),
     "importance_kernel": Kernel("sparse_prefill.cu", "importance::kSharedBytes", "HMMA", (90,)),
 }

@@ -8,6 +8,7 @@ void mbarrier_init_fence();
 void mbarrier_arrive(uint32_t barrier);
 void mbarrier_arrive_expect_tx(uint32_t barrier, uint32_t bytes);
 void mbarrier_arrive_cluster(uint32_t barrier);
+inline void mbarrier_arrive_cluster_relaxed(uint32_t barrier) { mbarrier_arrive_cluster(barrier); }
 void cp_async_mbarrier_arrive(uint32_t barrier);
 bool mbarrier_try_wait(uint32_t barrier, uint32_t parity);
 void mbarrier_wait(uint32_t barrier, uint32_t parity);
