@@ -11,10 +11,13 @@ from importlib import metadata
 import torch
 
 import flashsloth_ops
-from flashsloth_ops import _extension, backend
+from flashsloth_ops import _extension, backend, measured
 
 PACKAGES = ("numpy", "transformers", "triton", "pybind11", "ninja")
-VARIABLES = ("FLASHSLOTH_BACKEND", "FLASHSLOTH_LOG", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+VARIABLES = (
+    "FLASHSLOTH_BACKEND", "FLASHSLOTH_LOG", "FLASHSLOTH_AUTOTUNE", "FLASHSLOTH_CONFIG_DIR", "TRITON_INTERPRET",
+    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES",
+)  # fmt: skip
 
 
 def environment() -> str:
@@ -28,7 +31,8 @@ def environment() -> str:
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             major, minor = torch.cuda.get_device_capability(i)
-            lines.append(f"gpu             {torch.cuda.get_device_name(i)}, compute capability {major}.{minor}")
+            name = torch.cuda.get_device_name(i)
+            lines.append(f"gpu             {name}, compute capability {major}.{minor}, {_tuned(name)}")
     else:
         lines.append("gpu             none")
     if _extension.module is None:
@@ -55,6 +59,13 @@ def table() -> list[str]:
         ("  ".join(f"{cell:{w}}" for cell, w in zip(row[:4], widths, strict=True)) + f"  {row[4]}").rstrip()
         for row in rows
     ]
+
+
+def _tuned(gpu: str) -> str:
+    try:
+        return f"{sum(map(len, measured.table(gpu)['configs'].values()))} tuned configurations"
+    except ValueError as error:
+        return str(error)
 
 
 def _version(name: str) -> str:
