@@ -80,6 +80,15 @@ struct Accumulator {
   int products = 0;  // not yet done
 };
 
+// Groups of products of a thread: those committed and not yet waited for, and how many were waited for before.
+struct WgmmaGroups {
+  std::deque<std::vector<Wgmma>> waiting;
+  size_t delivered = 0;
+
+  size_t committed() const { return delivered + waiting.size(); }
+  std::vector<Wgmma>& group(size_t index) { return waiting.at(index - delivered); }
+};
+
 // ---- Barriers ----
 
 struct MBarrier {
@@ -137,7 +146,7 @@ struct Thread {
 
   bool wgmma_fenced = false;
   std::vector<Wgmma> products;
-  std::deque<std::vector<Wgmma>> product_groups;
+  WgmmaGroups groups;
   std::unordered_map<float*, Accumulator> accumulators;
 
   unsigned lane() const { return rank % 32; }
@@ -152,7 +161,9 @@ struct Warpgroup {
   const char* what = nullptr;
   int parameter = 0;
   std::vector<Thread*> arrived;
-  int registers = 0;  // what decrease_registers or increase_registers left each thread
+  size_t groups_done = 0;                           // of wgmma products
+  std::vector<std::pair<Thread*, size_t>> waiting;  // for that many groups to be committed by all
+  int registers = 0;                                // what decrease_registers or increase_registers left each thread
 };
 
 // The shared memory of a block begins at this shared address, as it does on sm_90, whose first KiB is the system's.
