@@ -11,6 +11,9 @@
 #include "launch.cuh"
 
 namespace flashsloth::cuda {
+
+using namespace query;
+
 namespace {
 
 constexpr int64_t kLargest = 0x7FFFFFFF;

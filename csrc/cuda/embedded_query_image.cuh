@@ -4,7 +4,7 @@
 #include "embedded_query_parts.cuh"
 #include "tile_gemm.cuh"
 
-namespace flashsloth::cuda {
+namespace flashsloth::cuda::query {
 
 // All rows of an image by 64 keys. What is kept of a score is exp(score - largest of the row in the tile), at most 1
 // and so as precise in the type of the operands as it can be; the largest and the sum are in fp32.
@@ -77,7 +77,6 @@ template <class T>
 struct PooledTile : TileGemm<T, 48, BLayout::k_by_columns> {
   using Gemm = TileGemm<T, 48, BLayout::k_by_columns>;
   static_assert(Gemm::kDepth == kKeyTile, "a stage has one factor a row");
-  static constexpr int kSharedBytes = Gemm::kSharedBytes + 8 * Gemm::kRows;
 };
 
 // Block (x, y, z): columns from 64 x, rows from 48 y, image z. Each tile of keys comes with its own largest score: its
@@ -161,4 +160,4 @@ __global__ void __launch_bounds__(kKeyTile) embedded_query_weights_kernel(const 
   if (key < p.tokens) p.weights[static_cast<int64_t>(blockIdx.y) * p.tokens + key] = sum / static_cast<float>(p.heads);
 }
 
-}  // namespace flashsloth::cuda
+}  // namespace flashsloth::cuda::query

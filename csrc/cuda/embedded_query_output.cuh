@@ -5,7 +5,7 @@
 #include "embedded_query_parts.cuh"
 #include "skinny_gemm.cuh"
 
-namespace flashsloth::cuda {
+namespace flashsloth::cuda::query {
 
 template <class T>
 using OutputGemm = SkinnyGemm<T, 2>;
@@ -65,4 +65,4 @@ __global__ void __launch_bounds__(OutputGemm<T>::kThreads)
   store_pair(p.out + at, {query.x + sum.x + bias.x, query.y + sum.y + bias.y});
 }
 
-}  // namespace flashsloth::cuda
+}  // namespace flashsloth::cuda::query

@@ -5,7 +5,7 @@
 #include "embedded_query.h"
 #include "instructions.cuh"
 
-namespace flashsloth::cuda {
+namespace flashsloth::cuda::query {
 
 constexpr float kLog2E = 1.44269504f;
 constexpr int kPartColumns = 32;  // of statistics
@@ -141,4 +141,4 @@ __device__ inline void unpack8(uint4 packed, float (&x)[8]) {
   }
 }
 
-}  // namespace flashsloth::cuda
+}  // namespace flashsloth::cuda::query

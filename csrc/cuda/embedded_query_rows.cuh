@@ -9,7 +9,7 @@
 #include "skinny_gemm.cuh"
 #include "tile_gemm.cuh"
 
-namespace flashsloth::cuda {
+namespace flashsloth::cuda::query {
 
 template <class T>
 struct StateParams {
@@ -148,4 +148,4 @@ __global__ void __launch_bounds__(RowsTile<T>::kThreads)
       [&](int row) { return source_row(p, row); }, p.hidden_rows, p.hidden, p.parts);
 }
 
-}  // namespace flashsloth::cuda
+}  // namespace flashsloth::cuda::query

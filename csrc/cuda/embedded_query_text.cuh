@@ -4,7 +4,7 @@
 #include "embedded_query_parts.cuh"
 #include "skinny_gemm.cuh"
 
-namespace flashsloth::cuda {
+namespace flashsloth::cuda::query {
 
 // ---- The queries read the question ----
 
@@ -267,4 +267,4 @@ __global__ void __launch_bounds__(AskedTile<T>::kThreads)
   }
 }
 
-}  // namespace flashsloth::cuda
+}  // namespace flashsloth::cuda::query

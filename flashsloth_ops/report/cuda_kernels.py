@@ -34,6 +34,17 @@ class Kernel(NamedTuple):
 
 
 KERNELS = {
+    "image_state_project_kernel": Kernel("embedded_query.cu", "query::RowsTile<bf16>::kSharedBytes", "HMMA"),
+    "embedded_query_rows_kernel": Kernel("embedded_query.cu", "query::RowsGemm<bf16>::kSharedBytes", "HMMA"),
+    "embedded_query_many_rows_kernel": Kernel("embedded_query.cu", "query::RowsTile<bf16>::kSharedBytes", "HMMA"),
+    "embedded_query_text_kernel": Kernel(
+        "embedded_query.cu", "query::TextTile::shared_bytes(query::kMaxHeadDim)", "HMMA"
+    ),
+    "embedded_query_asked_kernel": Kernel("embedded_query.cu", "query::AskedTile<bf16>::kSharedBytes", "HMMA"),
+    "embedded_query_scores_kernel": Kernel("embedded_query.cu", "query::ScoresTile<bf16>::kSharedBytes", "HMMA"),
+    "embedded_query_pooled_kernel": Kernel("embedded_query.cu", "query::PooledTile<bf16>::kSharedBytes", "HMMA"),
+    "embedded_query_values_kernel": Kernel("embedded_query.cu", "query::OutputGemm<bf16>::kSharedBytes", "HMMA"),
+    "embedded_query_up_kernel": Kernel("embedded_query.cu", "query::OutputGemm<bf16>::kSharedBytes", "HMMA"),
     "spatial_pool_scores_kernel": Kernel("spatial_pool.cu", "ScoresTile::kSharedBytes", "HMMA"),
     "spatial_pool_cluster_kernel": Kernel("spatial_pool.cu", "ClusterTile<{1}, {2}>::kSharedBytes", "HGMMA", (90,)),
     "sparse_prefill_kernel": Kernel("sparse_prefill.cu", "prefill::kSharedBytes", "HGMMA", (90,)),
