@@ -102,6 +102,7 @@ struct ClusterBlock {
 
   // ---- The warpgroups that multiply ----
 
+  // Divisions take long, so each row's token is found once, before its first stage has come.
   __device__ void find_tokens() const {
     for (int row = threadIdx.x; row < Tile::kTokens; row += Tile::kConsumers) {
       const int in_window = row % area, r = in_window / p.window_width, c = in_window % p.window_width;
