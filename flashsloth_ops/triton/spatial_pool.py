@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flashsloth_ops.backend import short
+from flashsloth_ops import _checks as check
+from flashsloth_ops.backend import NARROW, short
 from flashsloth_ops.triton.launch import launch, num_sms
 from flashsloth_ops.triton.spatial_pool_backward import (
     pool_input_gradient_kernel,
@@ -29,7 +30,10 @@ def spatial_pool(
     num_windows: int, window_height: int, window_width: int, dropout_p: float, seed: Tensor | None, save_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """y, weights and mask as ``flashsloth_ops.spatial_pool`` declares them."""
+    check_inputs(x, w1, b1, w2)
+    check.like("b2", b2, x, "x")
     hidden, dim = w1.shape
+    grids = on_device(grids, x)
     x, w1, b1, w2 = x.contiguous(), w1.contiguous(), b1.contiguous(), w2.contiguous()
     tokens = x.shape[:-1].numel()
     y = x.new_empty((*x.shape[:-2], num_windows, dim))
@@ -54,7 +58,7 @@ def spatial_pool(
     block_d = column_block(windows, dim, x)
     launch(
         pool_windows_kernel, (windows * max(ceil_div(dim, block_d), 1),),
-        x, partial, b2, None if grids is None else grids.contiguous(), y, weights, tokens, dim, partial.shape[0],
+        x, partial, b2, grids, y, weights, tokens, dim, partial.shape[0],
         windows, 0 if grids is None else grids.shape[0], height, width, window_height, window_width,
         BLOCK_S=min(bucket(partial.shape[0]), 32), BLOCK_B=IMAGES, **window_block(window_height, window_width, block_d),
     )  # fmt: skip
@@ -67,7 +71,11 @@ def spatial_pool_backward(
     need_dx: bool, need_dw: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dx, dw1, db1, dw2 as ``flashsloth_ops.spatial_pool`` declares them; empty where not needed."""
+    check_inputs(x, w1, b1, w2)
+    check.like("dy", dy, x, "x")
+    check.shape("mask", mask, (x.shape[:-1].numel(), (w1.shape[0] + 31) // 32), ", what forward saves")
     hidden, dim = w1.shape
+    grids = on_device(grids, x)
     dy, x, w1, b1, w2 = dy.contiguous(), x.contiguous(), w1.contiguous(), b1.contiguous(), w2.contiguous()
     weights, mask = weights.contiguous(), mask.contiguous()
     tokens, windows = x.shape[:-1].numel(), dy.shape[:-1].numel()
@@ -75,8 +83,7 @@ def spatial_pool_backward(
     window_of = x.new_empty((tokens,), dtype=torch.int32)
     launch(
         pool_score_gradient_kernel, (windows,),
-        x, dy, None if dweights is None else dweights.contiguous(), weights,
-        None if grids is None else grids.contiguous(), ds, window_of, tokens, dim,
+        x, dy, None if dweights is None else dweights.contiguous(), weights, grids, ds, window_of, tokens, dim,
         0 if grids is None else grids.shape[0], height, width, window_height, window_width,
         BLOCK_B=IMAGES, **window_block(window_height, window_width, min(bucket(max(dim, 128)), 512)),
     )  # fmt: skip
@@ -89,6 +96,22 @@ def spatial_pool_backward(
     if need_dw:
         weight_gradients(mask, ds, x, w1, b1, w2, dw1, db1, dw2, dropout_p)
     return dx, dw1, db1, dw2
+
+
+def check_inputs(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> None:
+    """What would be read out of bounds, also for calls below the checks of the public function."""
+    if x.dtype not in NARROW:
+        raise TypeError(f"x: expected {', '.join(map(short, NARROW))}, got {short(x.dtype)}")
+    for name, value in (("w1", w1), ("b1", b1), ("w2", w2)):
+        check.like(name, value, x, "x")
+    check.shape("w1", w1, ("Dh", x.shape[-1]), " with the D of x")
+    check.shape("b1", b1, (w1.shape[0],))
+    check.shape("w2", w2, (w1.shape[0],))
+
+
+def on_device(grids: Tensor | None, x: Tensor) -> Tensor | None:
+    """Sizes where the kernels read them; a copy that waits only if they are on the CPU and x is not."""
+    return None if grids is None else grids.to(x.device).contiguous()
 
 
 def input_gradient(
@@ -157,7 +180,8 @@ class Tile(NamedTuple):
 SCORES = (Tile(256, 128, 8, 3), Tile(128, 128, 8, 3), Tile(64, 128, 4, 6), Tile(64, 64, 4, 6))
 # Where the left operand is made in registers, two blocks a multiprocessor: one makes it while the other multiplies.
 GRADIENTS = (Tile(128, 128, 4, 3), Tile(64, 128, 4, 4), Tile(64, 64, 4, 4))
-GRADIENTS_FP32 = (Tile(128, 128, 8, 3), Tile(64, 128, 4, 3), Tile(64, 64, 4, 4))
+# Three tf32 products need the registers of twice the operands, and so much arithmetic that small tiles cost nothing.
+FP32 = (Tile(64, 128, 8, 3), Tile(64, 64, 4, 3))
 
 IMAGES = 128  # sizes of packed images read at a time
 CLOCKS_TO_START = 2000  # of a program: first loads, last stores, what a pipeline does not hide
@@ -186,12 +210,12 @@ def space(tiles: tuple[Tile, ...], like: Tensor) -> Iterator[Config]:
 
 
 def scores_tiles(x: Tensor, dropout: bool) -> tuple[Tile, ...]:
-    """Philox needs registers beside those of the sums, as fp32 does: not the largest tile."""
-    return aligned(SCORES[1:] if dropout or x.dtype == torch.float32 else SCORES, x)
+    """Philox needs registers beside those of the sums: not the largest tile."""
+    return aligned(FP32 if x.dtype == torch.float32 else SCORES[1:] if dropout else SCORES, x)
 
 
 def gradient_tiles(x: Tensor) -> tuple[Tile, ...]:
-    return aligned(GRADIENTS_FP32 if x.dtype == torch.float32 else GRADIENTS, x)
+    return aligned(FP32 if x.dtype == torch.float32 else GRADIENTS, x)
 
 
 def aligned(tiles: tuple[Tile, ...], x: Tensor) -> tuple[Tile, ...]:
