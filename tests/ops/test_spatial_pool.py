@@ -179,7 +179,7 @@ def test_shapes_of_triton(
 @pytest.mark.parametrize(
     ("batch", "height", "width", "window", "dim", "hidden"),
     [(0, 5, 4, (3, 3), 8, 16), (2, 0, 4, (3, 3), 8, 16), (1, 1, 1, (1, 1), 1, 1), (1, 12, 11, (13, 9), 9, 33),
-     (2, 10, 7, (3, 2), 130, 300)],
+     (1, 10, 7, (4, 5), 130, 300)],
 )  # fmt: skip
 def test_shapes_that_matter(
     place: Place, batch: int, height: int, width: int, window: tuple[int, int], dim: int, hidden: int
@@ -237,7 +237,7 @@ def test_packed_equals_images_one_by_one(place: Place) -> None:
 
 @pytest.mark.parametrize("place", TRITON)
 def test_packed_more_images_than_a_step_of_the_kernel(place: Place) -> None:
-    sizes = torch.tensor([[1 + i % 2, i % 3] for i in range(150)])  # a third of them empty
+    sizes = torch.tensor([[1 + i % 3, int(i % 11 == 0)] for i in range(150)])  # most of them empty
     x, *weights = make((int(sizes.prod(1).sum()),), 8, 16)
 
     def run(*args: Tensor) -> Any:
@@ -297,7 +297,7 @@ def test_dropout_draws_the_bits_of_the_reference(place: Place, seed: int) -> Non
     x, w1, b1, w2, b2 = (t.to(place.device) for t in make((3, 64), 32, 75, dtype))
     key = torch.tensor([seed], device=place.device)
     for p in (0.1, 0.4, 0.62):
-        _, _, mask = overload(place)(x, w1, b1 + 100, w2.view(-1), b2, None, 8, 8, 9, 3, 3, p, key, True)
+        _, _, mask = overload(place)(x, w1, b1 + 100, w2.view(-1), b2, None, 8, 8, 1, 8, 8, p, key, True)
         keep = reference.dropout_keep(torch.tensor([seed]), 3 * 64, 75, p)
         assert torch.equal(reference.unpack_mask(mask.cpu(), 75), keep)
 
@@ -355,11 +355,13 @@ def test_memory_kept_for_backward() -> None:
 
 @pytest.mark.parametrize("place", KERNELS)
 def test_repeats_are_bitwise_equal(place: Place) -> None:
+    height, width = (4, 6) if place == INTERPRETER else (20, 15)
+
     def run(*a: Tensor) -> Any:
-        return spatial_attention_pool(*a, grid=(20, 15))
+        return spatial_attention_pool(*a, grid=(height, width))
 
     for dtype in place.dtypes[:2]:
-        inputs = make((3, 300), 64, 96, dtype)
+        inputs = make((3, height * width), 64, 96, dtype)
         with place:
             out, grads = gradients(run, inputs, device=place.device)
             for _ in range(1 if place == INTERPRETER else 3):
