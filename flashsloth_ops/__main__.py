@@ -52,8 +52,10 @@ def table() -> list[str]:
     rows = [("op", "backend", "device", "dtypes", "")]
     for rule in backend.RULES:
         dtypes = " ".join(backend.short(d) for d in rule.dtypes)
-        note = (rule.missing(rule.devices[0]) if rule.devices else None) or rule.limits()
-        rows.append((rule.op, rule.backend, ",".join(rule.devices or ("any",)), dtypes, note))
+        devices = rule.devices or ("any",)
+        served = [device for device in devices if rule.missing(device) is None]
+        note = rule.limits() if served else rule.missing(devices[0]) or ""
+        rows.append((rule.op, rule.backend, ",".join(served or devices[:1]), dtypes, note))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     return [
         ("  ".join(f"{cell:{w}}" for cell, w in zip(row[:4], widths, strict=True)) + f"  {row[4]}").rstrip()
