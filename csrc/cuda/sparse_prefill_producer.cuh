@@ -128,8 +128,8 @@ class Producer {
         tile.visible[warp_ * kWarpRows + inside] = visible;
       }
     }
-    gather<Dim, kWarpRows, kQueryPitch>(shared_ + kQueryAt + query_.stage * kQueryBytes, warp_ * kWarpRows,
-                                        args_.q.at(place.sequence, place.head), args_.q.row, rows);
+    gather<Dim, kWarpRows, kQueryPitch, false>(shared_ + kQueryAt + query_.stage * kQueryBytes, warp_ * kWarpRows,
+                                               args_.q.at(place.sequence, place.head), args_.q.row, rows);
     cp_async_mbarrier_arrive(full);
 
     named_barrier_sync(kProducerBarrier, kWarpgroup);
@@ -173,19 +173,30 @@ class Producer {
     for (int tile = key_tiles - 1; tile >= 0; --tile) {
       const int row[1] = {next};
       if (tile > 0) next = row_of(tile - 1);  // an index is read long before it is needed
+      const bool dropped = row[0] < 0 && lane_ < min(kLoadedKeys, seen - tile * kKeys - first);
+      const bool whole = __all_sync(kFullWarp, row[0] >= 0 || lane_ >= kLoadedKeys);
       const uint32_t stage = key_.stage;
 
       mbarrier_wait(shared_address(&barriers_.key_empty[stage]), key_.parity ^ 1);
       const uint32_t key_full = shared_address(&barriers_.key_full[stage]);
-      gather<Dim, kLoadedKeys, kKeyPitch>(shared_ + kKeyAt + stage * kKeyBytes, first, k, args_.k.row, row);
+      gather_keys(whole, shared_ + kKeyAt + stage * kKeyBytes, k, args_.k.row, row);
       cp_async_mbarrier_arrive(key_full);
-      if (indexed) note_dropped(stage, row[0] < 0 && lane_ < seen - tile * kKeys - first);
+      if (indexed) note_dropped(stage, dropped);
       if (lane_ == 0) mbarrier_arrive(key_full);
 
       mbarrier_wait(shared_address(&barriers_.value_empty[stage]), key_.parity ^ 1);
-      gather<Dim, kLoadedKeys, kKeyPitch>(shared_ + kValueAt + stage * kKeyBytes, first, v, args_.v.row, row);
+      gather_keys(whole, shared_ + kValueAt + stage * kKeyBytes, v, args_.v.row, row);
       cp_async_mbarrier_arrive(shared_address(&barriers_.value_full[stage]));
       key_.advance();
+    }
+  }
+
+  __device__ __forceinline__ void gather_keys(bool whole, uint32_t tile, const char* source, uint32_t row_bytes,
+                                              const int (&row)[1]) {
+    if (whole) {
+      gather<Dim, kLoadedKeys, kKeyPitch, true>(tile, warp_ * kLoadedKeys, source, row_bytes, row);
+    } else {
+      gather<Dim, kLoadedKeys, kKeyPitch, false>(tile, warp_ * kLoadedKeys, source, row_bytes, row);
     }
   }
 

@@ -86,36 +86,37 @@ struct Ring {
 };
 
 // A warp copies rows first .. first + Rows (multiples of 4) into a tile, 16 bytes a lane, without waiting. rows[i] of
-// lane l is the source of row first + 32 i + l, -1: zeros.
+// lane l is the source of row first + 32 i + l; not Whole: where it is -1, zeros.
 //
 // An instruction covers four rows of the first four columns: each quarter of the warp one column, in which its lanes
 // write 128 bytes without bank conflicts, while each row is read as 128 bytes. The last column follows, 16 rows at
 // once.
-template <int Dim, int Rows, uint32_t Pitch>
+template <int Dim, int Rows, uint32_t Pitch, bool Whole>
 __device__ __forceinline__ void gather(uint32_t tile, int first, const char* source, uint32_t row_bytes,
                                        const int (&rows)[(Rows + 31) / 32]) {
   static_assert(Rows % 4 == 0 && (Dim == 72 || Dim == 80));
   const int lane = threadIdx.x % 32, column = lane / 8, four = lane % 8 / 2;
   const int half = lane % 2, swapped = half ^ (first / 4 & 1);  // the swizzle swaps the chunks of every other four rows
   const uint32_t shared = tile + first * kColumnBytes;
+  const auto copy = [&](uint32_t to, const char* from, int row, bool valid) {
+    const uint32_t there = Whole ? row : max(row, 0);
+    cp_async16(to, from + static_cast<uint64_t>(there) * row_bytes, valid && (Whole || row >= 0));
+  };
 
   const char* const from = source + column * kColumnBytes + half * 16;
   const uint32_t to = shared + column * Pitch + four * kColumnBytes;
 #pragma unroll
-  for (int i = 0; i < Rows / 4; ++i) {
-    const int row = __shfl_sync(kFullWarp, rows[i / 8], i % 8 * 4 + four);
-    cp_async16(to + i * 4 * kColumnBytes + (swapped ^ (i & 1)) * 16,
-               from + static_cast<uint64_t>(max(row, 0)) * row_bytes, row >= 0);
-  }
-  constexpr bool kWhole = Dim == kWidth;  // else the last 16 bytes of the column are zeros
-  const char* const last_from = source + 4 * kColumnBytes + (kWhole ? half : 0) * 16;
+  for (int i = 0; i < Rows / 4; ++i)
+    copy(to + i * 4 * kColumnBytes + (swapped ^ (i & 1)) * 16, from,
+         __shfl_sync(kFullWarp, rows[i / 8], i % 8 * 4 + four), true);
+
+  const bool inside = Dim == kWidth || half == 0;  // the head size ends there: zeros
+  const char* const last_from = source + 4 * kColumnBytes + (inside ? half : 0) * 16;
   const uint32_t last_to = shared + 4 * Pitch + lane / 2 * kColumnBytes + (swapped ^ (lane / 8 & 1)) * 16;
 #pragma unroll
   for (int i = 0; i < (Rows + 15) / 16; ++i) {
     const int row = __shfl_sync(kFullWarp, rows[i / 2], i % 2 * 16 + lane / 2);
-    if (Rows % 16 == 0 || i * 16 + lane / 2 < Rows)
-      cp_async16(last_to + i * 16 * kColumnBytes, last_from + static_cast<uint64_t>(max(row, 0)) * row_bytes,
-                 row >= 0 && (kWhole || half == 0));
+    if (Rows % 16 == 0 || i * 16 + lane / 2 < Rows) copy(last_to + i * 16 * kColumnBytes, last_from, row, inside);
   }
 }
 
