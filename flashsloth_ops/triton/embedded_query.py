@@ -142,7 +142,7 @@ def read_text(normed: Tensor, lengths: Tensor | None, p: Params, s: Sizes, told:
         normed, lengths, p.text_q, p.text_q_bias, p.text_k, p.text_v, p.text_v_bias, told,
         s.rows, s.queries, s.text, s.inner, s.head_dim, s.scale,
         BLOCK_T=16 if s.text <= 16 else 32 if s.text <= 32 else 64, PRECISION=precision(normed),
-        **group, **step(normed), num_warps=4,
+        **group, **step(normed), num_warps=8 if group["BLOCK_C"] > 64 else 4,
     )  # fmt: skip
 
 

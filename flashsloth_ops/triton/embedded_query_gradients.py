@@ -200,8 +200,8 @@ def read_text_backward(
         BLOCK_R=block_r, BLOCK_E=bucket(s.inner), BLOCK_B=block_b, num_warps=4,
     )  # fmt: skip
     if grads is not None:
-        grads["norm_query"], grads["norm_query_bias"] = parts[:query_blocks].sum(0)
-        grads["norm_text"], grads["norm_text_bias"] = parts[query_blocks:].sum(0)
+        for norm, of_blocks in (("norm_query", parts[:query_blocks]), ("norm_text", parts[query_blocks:])):
+            grads[norm], grads[f"{norm}_bias"] = of_blocks[:, 0].sum(0), of_blocks[:, 1].sum(0)
         grads["text_q"], grads["text_q_bias"] = dq.mT @ of_query, dq.sum(0)
         grads["text_k"] = dk.mT @ of_text
         grads["text_v"], grads["text_v_bias"] = dv.mT @ of_text, dv.sum(0)
