@@ -37,6 +37,8 @@ from flashsloth_ops.triton.embedded_query_text import query_down_kernel, query_n
 from flashsloth_ops.triton.launch import gpu, launch
 from flashsloth_ops.triton.tuning import Config, bucket, choose
 
+POOL_SHARE = 256  # tokens that a share of the pooled image has at least
+
 __all__ = ["embedded_query", "embedded_query_backward", "image_state"]
 
 
@@ -198,7 +200,7 @@ def pool(
     def run(tile: Config) -> Tensor:
         step_k = min(tile["BLOCK_K"], block_tokens)
         programs = ceil_div(rows, tile["BLOCK_M"]) * ceil_div(s.dim, tile["BLOCK_N"]) * images
-        share, splits = shares(s.tokens, programs, 4 * step_k, image)
+        share, splits = shares(s.tokens, programs, POOL_SHARE, image)
         shape = (s.batch, s.queries, s.heads, s.dim)
         if splits > 1:
             out = image.new_empty((splits, *shape), dtype=torch.float32)
@@ -212,7 +214,7 @@ def pool(
         )  # fmt: skip
         return out
 
-    heuristic = product_tile(rows, s.dim, s.tokens, image, images)
+    heuristic = product_tile(rows, s.dim, s.tokens, image, images, POOL_SHARE)
     key = f"{short(image.dtype)} R{bucket(rows)} D{s.dim} N{bucket(s.tokens)} B{bucket(images)} K{block_tokens}"
     return run(choose("query_pool_kernel", key, image.device, heuristic, lambda: space(image), run))
 

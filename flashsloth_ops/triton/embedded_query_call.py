@@ -105,16 +105,22 @@ BYTES_A_CLOCK = 64  # from L2, for one multiprocessor
 FLOPS_A_CLOCK = {torch.float32: 550, torch.bfloat16: 3400, torch.float16: 3400}  # of one, fp32 as three tf32 products
 
 
-def product_tile(rows: int, columns: int, inner: int, like: Tensor, batch: int = 1) -> Config:
-    """The tile with the least time by this count: waves of programs, each bound by arithmetic or by L2."""
+def product_tile(rows: int, columns: int, inner: int, like: Tensor, batch: int = 1, least: int | None = None) -> Config:
+    """The tile with the least time by this count: waves of programs, each bound by arithmetic or by L2.
+
+    ``least``: the sum over ``inner`` may be split into shares of whole multiples of it, which are written in fp32.
+    """
     multiprocessors = gpu(like.device).multiprocessors
 
     def clocks(tile: tuple[int, int, int]) -> float:
         m, n, _ = tile
-        waves = ceil_div(batch * ceil_div(rows, m) * ceil_div(columns, n), multiprocessors)
+        programs = batch * ceil_div(rows, m) * ceil_div(columns, n)
+        share, splits = (inner, 1) if least is None else shares(inner, programs, least, like)
         rate = FLOPS_A_CLOCK[like.dtype] * (1.0 if m >= 64 else 0.5)  # wgmma has 64 rows; fewer take mma.sync
         arithmetic, traffic = 2 * m * n / rate, (m + n) * like.element_size() / BYTES_A_CLOCK
-        return waves * (CLOCKS_TO_START + inner * max(arithmetic, traffic))
+        partial = 0.0 if splits == 1 else 2 * 4 * m * n / BYTES_A_CLOCK  # written, and read by the next kernel
+        waves = ceil_div(programs * splits, multiprocessors)
+        return waves * (CLOCKS_TO_START + share * max(arithmetic, traffic) + partial)
 
     m, n, warps = min(_tiles(like), key=clocks)
     return {"BLOCK_M": m, "BLOCK_N": n, **step(like), "num_warps": warps}

@@ -18,7 +18,7 @@ from torch import Tensor
 from flashsloth_ops import BackendError, EmbeddedQueryParams, ImageState, _extension, backend, use_backend
 from flashsloth_ops.reference import embedded_query as reference
 from tests.emulator import build
-from tests.ops.test_embedded_query import NAMES, UNSEEN, attend, make
+from tests.ops.query_cases import NAMES, UNSEEN, attend, make
 from tests.support import EPS, GPU_MARKS, Place, assert_error_rule, assert_within, gradients
 
 EMULATOR, GPU = Place("cuda"), Place("cuda", "cuda")
