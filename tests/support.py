@@ -167,16 +167,17 @@ def gradients(
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Scratch memory of the kernels and every new tensor start as NaN."""
+    """Scratch memory of the CPU kernels, where they are installed, and every new tensor start as NaN."""
     module = _extension.module
-    assert module is not None
     before = torch.are_deterministic_algorithms_enabled()
-    module.set_scratch_poison(True)
+    if module is not None:
+        module.set_scratch_poison(True)
     torch.use_deterministic_algorithms(True)  # together with fill_uninitialized_memory, its default
     try:
         yield
     finally:
-        module.set_scratch_poison(False)
+        if module is not None:
+            module.set_scratch_poison(False)
         torch.use_deterministic_algorithms(before)
 
 

@@ -49,9 +49,9 @@ class Instruction(NamedTuple):
 
 def read(path: Path, tools: Path, reserved_shared: int) -> list[Binary]:
     """Every kernel of a cubin. ``tools`` is the folder of cuobjdump and nvdisasm."""
-    resources = run(tools / "cuobjdump", "-res-usage", path)
+    resources = _run(tools / "cuobjdump", "-res-usage", path)
     found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", resources)
-    code = sections(run(tools / "nvdisasm", "-c", path))
+    code = sections(_run(tools / "nvdisasm", "-c", path))
     return [
         describe(name, int(registers), int(stack), max(int(shared) - reserved_shared, 0), code[name])
         for name, registers, stack, shared in found
@@ -236,9 +236,8 @@ def _dominators(order: list[int], predecessors: dict[int, list[int]]) -> dict[in
     return dominator
 
 
-def run(*command: object) -> str:
-    """What a tool prints. Raises RuntimeError with what it complains about."""
+def _run(*command: object) -> str:
     result = subprocess.run([str(c) for c in command], capture_output=True, text=True)
     if result.returncode:
-        raise RuntimeError(f"{command[0]}: {(result.stderr or result.stdout).strip()}")
+        raise RuntimeError(f"{command[0]}: {result.stderr.strip()}")
     return result.stdout

@@ -8,8 +8,6 @@ Every kernel finds its rows through the index on the device: grids are sized by 
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -26,8 +24,6 @@ from flashsloth_ops.triton.sparse_prefill_call import (
 from flashsloth_ops.triton.sparse_prefill_forward import attention_kernel, combine_kernel
 from flashsloth_ops.triton.sparse_prefill_importance import importance_kernel, importance_sum_kernel
 from flashsloth_ops.triton.sparse_prefill_tiles import Config
-
-LOG2E = math.log2(math.e)
 
 
 def sparse_prefill(
@@ -109,7 +105,7 @@ def _attention(call: Call, config: Config, q: Tensor, k: Tensor, v: Tensor, out:
         (programs + fill_blocks * call.sequences, splits),
         q, k, v, out, lse, partial, partial_lse,
         *call.queries.arguments, *call.keys.arguments, *strides, *strides_of_rows(lse),
-        *call.order(blocks), fill_blocks, call.scale * LOG2E, splits,
+        *call.order(blocks), fill_blocks, call.scale, splits,
         **constants, SPLIT=splits > 1, FILL=fill_blocks > 0, **config,
     )  # fmt: skip
     if splits > 1:
@@ -118,7 +114,7 @@ def _attention(call: Call, config: Config, q: Tensor, k: Tensor, v: Tensor, out:
             (programs,),
             out, lse, partial, partial_lse,
             *call.queries.arguments, *strides[-3:], *strides_of_rows(lse), *call.order(blocks), splits,
-            **_only(constants, "GROUP", "DIM", "D0", "D1", "ALIGN", "PACKED"), BLOCK_M=block_m, num_warps=4,
+            **_without(constants, "WIDE", "CAUSAL", "SAME", "PRECISION"), BLOCK_M=block_m, num_warps=4,
         )  # fmt: skip
 
 
@@ -135,8 +131,8 @@ def _importance(call: Call, config: Config, q: Tensor, k: Tensor, lse: Tensor, l
         (blocks * call.lists,),
         q, k, lse, listed, partial,
         *call.queries.arguments, *call.keys.arguments, *strides, *strides_of_rows(lse),
-        listed.stride(0) if listed.dim() == 2 else 0, listed.shape[-1], *call.order(blocks), call.scale * LOG2E,
-        **constants, **config,
+        listed.stride(0) if listed.dim() == 2 else 0, listed.shape[-1], *call.order(blocks), call.scale,
+        **_without(constants, "WIDE", "BASE2"), **config,
     )  # fmt: skip
     launch(
         importance_sum_kernel,
@@ -182,5 +178,5 @@ def _dkdv(
     )  # fmt: skip
 
 
-def _only(constants: dict[str, object], *names: str) -> dict[str, object]:
-    return {name: constants[name] for name in names}
+def _without(constants: dict[str, object], *names: str) -> dict[str, object]:
+    return {name: value for name, value in constants.items() if name not in names}

@@ -16,6 +16,7 @@ import triton.language as tl
 
 from flashsloth_ops.triton.sparse_prefill_rows import (
     entries,
+    exponential,
     first_query,
     keys_seen,
     load_tile,
@@ -23,11 +24,10 @@ from flashsloth_ops.triton.sparse_prefill_rows import (
     rows_not_kept,
     rows_of,
     store_tile,
+    to_base,
     to_offset,
     zero_rows,
 )
-
-LOG2E = tl.constexpr(1.4426950408889634)
 
 INTEGERS = [
     "q_capacity", "q_bound", "q_length", "k_capacity", "k_bound", "k_length",
@@ -47,8 +47,8 @@ def dq_kernel(
     out_batch, out_head, out_row, dout_batch, dout_head, dout_row, dq_batch, dq_head, dq_row,
     lse_batch, lse_head, lse_row, blocks, heads, lists, section, fill_blocks, scale,
     GROUP: tl.constexpr, DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
-    CAUSAL: tl.constexpr, PACKED: tl.constexpr, SAME: tl.constexpr, PRECISION: tl.constexpr, FILL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, PACKED: tl.constexpr, SAME: tl.constexpr, PRECISION: tl.constexpr,
+    BASE2: tl.constexpr, FILL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """delta, with the strides of lse, and dq. Programs beyond ``blocks * lists`` zero the rows that are not kept."""
     program = tl.program_id(0)
@@ -90,7 +90,7 @@ def dq_kernel(
     if dlse is not None:
         shift -= tl.load(dlse + place, mask=exists, other=0.0)
     tl.store(delta + place, shift, mask=exists)
-    log = load_log(lse + place, exists)
+    log = load_log(lse + place, exists, BASE2)
     offsets = (item * q_batch + q_heads * q_head + rows * q_row) * ALIGN
     q0 = load_tile(q, offsets, exists, 0, D0, DIM)
     q1 = load_tile(q, offsets, exists, D0, D1, DIM) if D1 else q0
@@ -101,11 +101,11 @@ def dq_kernel(
     acc1 = tl.zeros([BLOCK_M, D1 if D1 else 1], tl.float32)
     acc0, acc1 = dq_through_keys(
         0, border, q0, q1, do0, do1, log, shift, acc0, acc1, k, v, k_row, v_row, k_indices, k_begin, k_length, seen,
-        scale * LOG2E, DIM, D0, D1, ALIGN, WIDE, False, PRECISION, BLOCK_N,
+        to_base(scale, BASE2), DIM, D0, D1, ALIGN, WIDE, False, PRECISION, BASE2, BLOCK_N,
     )  # fmt: skip
     acc0, acc1 = dq_through_keys(
         border, high, q0, q1, do0, do1, log, shift, acc0, acc1, k, v, k_row, v_row, k_indices, k_begin, k_length, seen,
-        scale * LOG2E, DIM, D0, D1, ALIGN, WIDE, True, PRECISION, BLOCK_N,
+        to_base(scale, BASE2), DIM, D0, D1, ALIGN, WIDE, True, PRECISION, BASE2, BLOCK_N,
     )  # fmt: skip
     offsets = (item * dq_batch + q_heads * dq_head + rows * dq_row) * ALIGN
     store_tile(dq, offsets, exists, acc0 * scale, 0, D0, DIM)
@@ -114,18 +114,18 @@ def dq_kernel(
 
 
 @triton.jit
-def load_log(places, exists):
-    """Log-sum-exps in base 2; infinity, so that probabilities are zero, for rows that see nothing or do not exist."""
-    log = tl.load(places, mask=exists, other=float("inf")) * LOG2E
+def load_log(places, exists, BASE2: tl.constexpr):
+    """Log-sum-exps; infinity, so that probabilities are zero, for rows that see nothing or do not exist."""
+    log = to_base(tl.load(places, mask=exists, other=float("inf")), BASE2)
     return tl.where(log == float("-inf"), float("inf"), log)
 
 
 @triton.jit
 def dq_through_keys(
     low, high, q0, q1, do0, do1, log, shift, acc0, acc1, k, v, k_row, v_row, k_indices, k_begin, k_length, seen,
-    scale_log2, DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
+    scale, DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
     MASKED: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, BASE2: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Adds what keys low .. high give; MASKED where not every query sees them all."""
     for start in range(low, high, BLOCK_N):
@@ -143,7 +143,7 @@ def dq_through_keys(
             v1 = load_tile(v, v_offsets, exists, D0, D1, DIM)
             scores = tl.dot(q1, k1.T, scores, input_precision=PRECISION)
             dprobs = tl.dot(do1, v1.T, dprobs, input_precision=PRECISION)
-        probs = tl.exp2(scores * scale_log2 - log[:, None])
+        probs = exponential(scores * scale - log[:, None], BASE2)
         dscores = probs * (dprobs - shift[:, None])
         if MASKED:
             dscores = tl.where(entry[None, :] < seen[:, None], dscores, 0.0)
@@ -163,8 +163,8 @@ def dkdv_kernel(
     dout_batch, dout_head, dout_row, dk_batch, dk_head, dk_row,
     lse_batch, lse_head, lse_row, blocks, heads, lists, section, fill_blocks, scale,
     GROUP: tl.constexpr, DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
-    CAUSAL: tl.constexpr, PACKED: tl.constexpr, SAME: tl.constexpr, PRECISION: tl.constexpr, FILL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr, PACKED: tl.constexpr, SAME: tl.constexpr, PRECISION: tl.constexpr,
+    BASE2: tl.constexpr, FILL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dk and dv, which have the same strides. Programs beyond ``blocks * lists`` zero the rows that are not kept."""
     program = tl.program_id(0)
@@ -212,13 +212,13 @@ def dkdv_kernel(
     dv1 = tl.zeros([BLOCK_N, D1 if D1 else 1], tl.float32)
     dk0, dk1, dv0, dv1 = dkdv_through_queries(
         low, border, k0, k1, v0, v1, dk0, dk1, dv0, dv1, q, dout, lse, delta, q_head, q_row, dout_head, dout_row,
-        lse_head, lse_row, head, q_indices, q_begin, q_count, q_length, first, scale * LOG2E,
-        GROUP, DIM, D0, D1, ALIGN, WIDE, True, PRECISION, BLOCK_M,
+        lse_head, lse_row, head, q_indices, q_begin, q_count, q_length, first, to_base(scale, BASE2),
+        GROUP, DIM, D0, D1, ALIGN, WIDE, True, PRECISION, BASE2, BLOCK_M,
     )  # fmt: skip
     dk0, dk1, dv0, dv1 = dkdv_through_queries(
         border, high, k0, k1, v0, v1, dk0, dk1, dv0, dv1, q, dout, lse, delta, q_head, q_row, dout_head, dout_row,
-        lse_head, lse_row, head, q_indices, q_begin, q_count, q_length, first, scale * LOG2E,
-        GROUP, DIM, D0, D1, ALIGN, WIDE, False, PRECISION, BLOCK_M,
+        lse_head, lse_row, head, q_indices, q_begin, q_count, q_length, first, to_base(scale, BASE2),
+        GROUP, DIM, D0, D1, ALIGN, WIDE, False, PRECISION, BASE2, BLOCK_M,
     )  # fmt: skip
     offsets = (item * dk_batch + head.to(tl.int64) * dk_head + rows * dk_row) * ALIGN
     store_tile(dk, offsets, exists, dk0 * scale, 0, D0, DIM)
@@ -231,9 +231,9 @@ def dkdv_kernel(
 @triton.jit
 def dkdv_through_queries(
     low, high, k0, k1, v0, v1, dk0, dk1, dv0, dv1, q, dout, lse, delta, q_head, q_row, dout_head, dout_row,
-    lse_head, lse_row, head, q_indices, q_begin, q_count, q_length, first, scale_log2,
+    lse_head, lse_row, head, q_indices, q_begin, q_count, q_length, first, scale,
     GROUP: tl.constexpr, DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
-    MASKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr, BASE2: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Adds what members low .. high of the list of queries give; MASKED where not all of them see every key.
 
@@ -248,7 +248,7 @@ def dkdv_through_queries(
         q_offsets = (q_heads * q_head + rows * q_row) * ALIGN
         offsets = (q_heads * dout_head + rows * dout_row) * ALIGN
         place = q_heads * lse_head + rows * lse_row
-        log = load_log(lse + place, exists)
+        log = load_log(lse + place, exists, BASE2)
         shift = tl.load(delta + place, mask=exists, other=0.0)
         q0 = load_tile(q, q_offsets, exists, 0, D0, DIM)
         do0 = load_tile(dout, offsets, exists, 0, D0, DIM)
@@ -259,10 +259,10 @@ def dkdv_through_queries(
             do1 = load_tile(dout, offsets, exists, D0, D1, DIM)
             scores = tl.dot(k1, q1.T, scores, input_precision=PRECISION)
             dprobs = tl.dot(v1, do1.T, dprobs, input_precision=PRECISION)
-        probs = tl.exp2(scores * scale_log2 - log[None, :])
+        probs = exponential(scores * scale - log[None, :], BASE2)
         dscores = probs * (dprobs - shift[None, :])
         if MASKED:
-            sees = entry[None, :] >= first[:, None]
+            sees = exists[None, :] & (entry[None, :] >= first[:, None])
             probs = tl.where(sees, probs, 0.0)
             dscores = tl.where(sees, dscores, 0.0)
         probs = probs.to(q.dtype.element_ty)

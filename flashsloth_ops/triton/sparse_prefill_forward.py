@@ -13,17 +13,19 @@ import triton.language as tl
 
 from flashsloth_ops.triton.sparse_prefill_rows import (
     entries,
+    exponential,
+    from_base,
     keys_seen,
     load_tile,
     locate,
+    logarithm,
     rows_not_kept,
     rows_of,
     store_tile,
+    to_base,
     to_offset,
     zero_rows,
 )
-
-LN2 = tl.constexpr(0.6931471805599453)
 
 INTEGERS = [
     "q_capacity", "q_bound", "q_length", "k_capacity", "k_bound", "k_length",
@@ -40,10 +42,10 @@ def attention_kernel(
     k_indices, k_cu_seqlens, k_positions, k_capacity, k_bound, k_length,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     out_batch, out_head, out_row, lse_batch, lse_head, lse_row,
-    blocks, heads, lists, section, fill_blocks, scale_log2, splits,
+    blocks, heads, lists, section, fill_blocks, scale, splits,
     GROUP: tl.constexpr, DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
     CAUSAL: tl.constexpr, PACKED: tl.constexpr, SAME: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
-    FILL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BASE2: tl.constexpr, FILL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Strides count ALIGN elements, which tells the compiler that rows are aligned for wide loads.
 
@@ -101,16 +103,16 @@ def attention_kernel(
     acc1 = tl.zeros([BLOCK_M, D1 if D1 else 1], tl.float32)
     peak, total, acc0, acc1 = through_keys(
         low, border, q0, q1, peak, total, acc0, acc1, k, v, k_row, v_row, k_indices, k_begin, k_length, seen,
-        scale_log2, DIM, D0, D1, ALIGN, WIDE, False, PRECISION, BLOCK_N,
+        to_base(scale, BASE2), DIM, D0, D1, ALIGN, WIDE, False, PRECISION, BASE2, BLOCK_N,
     )  # fmt: skip
     peak, total, acc0, acc1 = through_keys(
         border, high, q0, q1, peak, total, acc0, acc1, k, v, k_row, v_row, k_indices, k_begin, k_length, seen,
-        scale_log2, DIM, D0, D1, ALIGN, WIDE, True, PRECISION, BLOCK_N,
+        to_base(scale, BASE2), DIM, D0, D1, ALIGN, WIDE, True, PRECISION, BASE2, BLOCK_N,
     )  # fmt: skip
 
     empty = total == 0.0  # also keeps NaN, which is not 0
     total = tl.where(empty, 1.0, total)
-    log = tl.where(empty, float("-inf"), peak + tl.log2(total))
+    log = tl.where(empty, float("-inf"), peak + logarithm(total, BASE2))
     inverse = (1.0 / total)[:, None]
     if SPLIT:
         place = ((tl.program_id(1) * blocks * lists + program) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
@@ -123,15 +125,15 @@ def attention_kernel(
         store_tile(out, offsets, exists, acc0 * inverse, 0, D0, DIM)
         if D1:
             store_tile(out, offsets, exists, acc1 * inverse, D0, D1, DIM)
-        tl.store(lse + item * lse_batch + q_heads * lse_head + rows * lse_row, log * LN2, mask=exists)
+        tl.store(lse + item * lse_batch + q_heads * lse_head + rows * lse_row, from_base(log, BASE2), mask=exists)
 
 
 @triton.jit
 def through_keys(
-    low, high, q0, q1, peak, total, acc0, acc1, k, v, k_row, v_row, k_indices, k_begin, k_length, seen, scale_log2,
+    low, high, q0, q1, peak, total, acc0, acc1, k, v, k_row, v_row, k_indices, k_begin, k_length, seen, scale,
     DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
     MASKED: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, BASE2: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Online softmax over keys low .. high; MASKED where not every query sees them all."""
     for start in range(low, high, BLOCK_N):
@@ -144,13 +146,13 @@ def through_keys(
         if D1:
             k1 = load_tile(k, k_offsets, exists, D0, D1, DIM)
             scores = tl.dot(q1, k1.T, scores, input_precision=PRECISION)
-        scores *= scale_log2
+        scores *= scale
         if MASKED:
             scores = tl.where(entry[None, :] < seen[:, None], scores, float("-inf"))
         highest = tl.maximum(peak, tl.max(scores, 1))
         base = tl.where(highest == float("-inf"), 0.0, highest) if MASKED else highest  # a row that has seen no key yet
-        probs = tl.exp2(scores - base[:, None])
-        decay = tl.exp2(peak - base)
+        probs = exponential(scores - base[:, None], BASE2)
+        decay = exponential(peak - base, BASE2)
         total = total * decay + tl.sum(probs, 1)
         peak = highest
         probs = probs.to(v.dtype.element_ty)
@@ -171,7 +173,7 @@ def combine_kernel(
     out_batch, out_head, out_row, lse_batch, lse_head, lse_row,
     blocks, heads, lists, section, splits,
     GROUP: tl.constexpr, DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr,
-    PACKED: tl.constexpr, BLOCK_M: tl.constexpr,
+    PACKED: tl.constexpr, BASE2: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Weighted sum of the splits of one tile of queries."""
     program = tl.program_id(0)
@@ -195,7 +197,7 @@ def combine_kernel(
         some = exists & (log != float("-inf"))  # NaN too
         highest = tl.maximum(peak, log)
         base = tl.where(highest == float("-inf"), 0.0, highest)
-        decay, weight = tl.exp2(peak - base), tl.exp2(log - base)
+        decay, weight = exponential(peak - base, BASE2), exponential(log - base, BASE2)
         total = total * decay + weight
         peak = highest
         part0 = load_tile(partial, place * (D0 + D1), some, 0, D0, D0 + D1)
@@ -206,10 +208,10 @@ def combine_kernel(
 
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
-    log = tl.where(empty, float("-inf"), peak + tl.log2(total))
+    log = tl.where(empty, float("-inf"), peak + logarithm(total, BASE2))
     inverse = (1.0 / total)[:, None]
     offsets = (item * out_batch + heads_of * out_head + rows * out_row) * ALIGN
     store_tile(out, offsets, exists, acc0 * inverse, 0, D0, DIM)
     if D1:
         store_tile(out, offsets, exists, acc1 * inverse, D0, D1, DIM)
-    tl.store(lse + item * lse_batch + heads_of * lse_head + rows * lse_row, log * LN2, mask=exists)
+    tl.store(lse + item * lse_batch + heads_of * lse_head + rows * lse_row, from_base(log, BASE2), mask=exists)

@@ -10,9 +10,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flashsloth_ops.triton.sparse_prefill_rows import count_below, entries, keys_seen, load_tile, locate, rows_of
-
-LOG2E = tl.constexpr(1.4426950408889634)
+from flashsloth_ops.triton.sparse_prefill_rows import (
+    count_below,
+    entries,
+    keys_seen,
+    load_tile,
+    locate,
+    rows_of,
+)
 
 INTEGERS = [
     "q_capacity", "q_bound", "q_length", "k_capacity", "k_bound", "k_length",
@@ -27,8 +32,8 @@ def importance_kernel(
     q_indices, q_cu_seqlens, q_positions, q_capacity, q_bound, q_length,
     k_indices, k_cu_seqlens, k_positions, k_capacity, k_bound, k_length,
     q_batch, q_head, q_row, k_batch, k_head, k_row, lse_batch, lse_head, lse_row,
-    listed_batch, listed, blocks, heads, lists, section, scale_log2,
-    GROUP: tl.constexpr, DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr, WIDE: tl.constexpr,
+    listed_batch, listed, blocks, heads, lists, section, scale,
+    GROUP: tl.constexpr, DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, ALIGN: tl.constexpr,
     CAUSAL: tl.constexpr, PACKED: tl.constexpr, SAME: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
@@ -72,7 +77,7 @@ def importance_kernel(
         if D1:
             scores = tl.dot(load_tile(q, q_offsets, asks, D0, D1, DIM), k1.T, scores, input_precision=PRECISION)
         log = tl.load(lse + item * lse_batch + q_heads * lse_head + row * lse_row, mask=asks, other=float("inf"))
-        probs = tl.exp2(scores * scale_log2 - (log * LOG2E)[:, None])
+        probs = tl.exp(scores * scale - log[:, None])
         sees = asks[:, None] & (key[None, :] < seen[:, None])
         received += tl.sum(tl.where(sees, probs, 0.0), 0)
 

@@ -15,6 +15,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
 
 @triton.jit
 def locate(program, blocks, heads, lists, section):
@@ -136,6 +139,27 @@ def first_query(
         else:
             found = count_below(q_positions, q_begin, q_count, position, False)
     return tl.where(inside, found, 0)
+
+
+@triton.jit
+def exponential(x, BASE2: tl.constexpr):
+    """Scores of 16-bit inputs are in base 2, which folds a product into the scale. In fp32 that would cost digits."""
+    return tl.exp2(x) if BASE2 else tl.exp(x)
+
+
+@triton.jit
+def logarithm(x, BASE2: tl.constexpr):
+    return tl.log2(x) if BASE2 else tl.log(x)
+
+
+@triton.jit
+def to_base(x, BASE2: tl.constexpr):
+    return x * LOG2E if BASE2 else x
+
+
+@triton.jit
+def from_base(x, BASE2: tl.constexpr):
+    return x * LN2 if BASE2 else x
 
 
 @triton.jit

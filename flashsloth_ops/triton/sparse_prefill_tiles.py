@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
+
 from flashsloth_ops.triton import tuning
 from flashsloth_ops.triton.launch import gpu
-from flashsloth_ops.triton.sparse_prefill_call import Call
+from flashsloth_ops.triton.sparse_prefill_call import Call, head_tiles
 
 Config = tuning.Config
 
@@ -24,16 +26,46 @@ def choose(kernel: str, call: Call, heuristic: Config, run: Callable[[Config], o
 
 
 def forward(call: Call) -> Config:
-    """Tiles of 128 queries halve the traffic of keys from L2; 64 where there would be too few programs of 128."""
-    return _config(64, 64, 4, 2)
+    """128 queries read keys from L2 half as often as 64; fewer where those would leave multiprocessors idle.
+
+    Head sizes to 80 take 128 registers a thread, so that two blocks of 8 warps share a multiprocessor: one's
+    exponentials run beside the other's products.
+    """
+    width, kept = sum(head_tiles(call.dim)), call.keys.indices is not None
+    capability, multiprocessors, _ = gpu(call.device)
+    if call.dtype == torch.float32:
+        return _config(64, 32, 4, 2) if width <= 128 else _config(32, 32, 4, 2)
+    if call.members <= 32:
+        return _config(16 if call.members <= 16 else 32, 64, 4, 3)
+    if -(-call.members // 128) * call.lists < multiprocessors:
+        return _config(64, 64, 4, 3) if width <= 128 else _config(64, 32, 4, 2)
+    if capability < (9, 0):
+        return _config(128, 64, 8, 2) if width <= 128 else _config(64, 32, 4, 2)
+    if width <= 80:
+        return _config(128, 64, 8, 3, maxnreg=128)
+    if width <= 128:
+        return _config(128, 128, 8, 3 if kept else 2)  # with an index, one stage is for the index
+    return _config(128, 32 if kept else 64, 8, 2)
 
 
 def dq(call: Call) -> Config:
-    return _config(64, 64, 4, 2)
+    width = sum(head_tiles(call.dim))
+    if call.dtype == torch.float32:
+        return _config(32, 32, 4, 2) if width <= 128 else _config(16, 32, 4, 1)
+    if width <= 96:
+        return _config(64, 64, 4, 3)
+    return _config(64, 64, 4, 2) if width <= 128 else _config(64, 32, 8, 2)
 
 
 def dkdv(call: Call) -> Config:
-    return _config(64, 64, 4, 2)
+    width = sum(head_tiles(call.dim))
+    if call.dtype == torch.float32:
+        return _config(32, 32, 4, 2) if width <= 128 else _config(16, 32, 4, 1)
+    if width > 128:
+        return _config(32, 64, 8, 3)
+    if -(-call.keys.bound // 128) * call.lists < gpu(call.device).multiprocessors:
+        return _config(32, 64, 4, 2)
+    return _config(64, 128, 8, 2)
 
 
 def importance(call: Call) -> Config:
@@ -47,7 +79,24 @@ def splits(call: Call, programs: int) -> int:
 
 
 _SPACES: dict[str, Callable[[Call], list[Config]]] = {
-    "attention_kernel": lambda call: [],
-    "dq_kernel": lambda call: [],
-    "dkdv_kernel": lambda call: [],
+    "attention_kernel": lambda call: [
+        _config(64, 64, 4, 3),
+        _config(128, 64, 4, 3),
+        _config(128, 64, 8, 3),
+        _config(128, 64, 8, 3, maxnreg=128),
+        _config(128, 128, 8, 2),
+        _config(128, 128, 8, 3),
+    ],
+    "dq_kernel": lambda call: [
+        _config(64, 64, 4, 2),
+        _config(64, 64, 4, 3),
+        _config(128, 32, 8, 3),
+        _config(128, 64, 8, 2),
+    ],
+    "dkdv_kernel": lambda call: [
+        _config(32, 64, 4, 2),
+        _config(64, 64, 4, 2),
+        _config(32, 128, 8, 2),
+        _config(64, 128, 8, 2),
+    ],
 }
