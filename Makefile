@@ -1,12 +1,13 @@
 # Everything runs in .venv, made when absent. Another torch: make test TORCH=torch==2.10.0
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+TRITON ?= triton==3.6.0
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.h csrc/*/*)
 CXX_FILES := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES) $(wildcard tests/emulator/*))
 
-.PHONY: demo test lint format bench gpu-check clean
+.PHONY: demo test lint format kernels bench gpu-check clean
 
 demo: $(VENV)/installed
 	$(BIN)/flashsloth demo
@@ -26,6 +27,10 @@ format: $(VENV)/installed
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
+# Every GPU kernel compiled for sm_80, sm_90 and sm_100, checked, and compared with docs/kernels/kernels.json.
+kernels: $(VENV)/installed
+	env -u TRITON_INTERPRET $(BIN)/python -m flashsloth_ops kernels --compare docs/kernels/kernels.json
+
 bench: $(VENV)/installed
 	$(BIN)/python -m bench run
 
@@ -36,10 +41,13 @@ gpu-check: $(VENV)/installed
 clean:
 	rm -rf $(VENV) build dist *.egg-info flashsloth_ops/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-# torch first and pinned: whatever asks for plain torch later finds it, and the build uses this one.
+# torch first and pinned: whatever asks for plain torch later finds it, and the build uses this one. A CUDA torch brings
+# its own triton; beside one for CPUs it is there for the interpreter and the report of kernels.
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check "$(TORCH)"
+	if [ "$$(uname)" = Linux ] && ! $(BIN)/python -c "import triton" 2>/dev/null; then \
+		$(BIN)/python -m pip install -q --disable-pip-version-check "$(TRITON)"; fi
 	$(BIN)/python -m pip install -q --disable-pip-version-check "setuptools>=77" "ninja>=1.11" "pybind11>=2.12"
 	touch $@
 

@@ -11,10 +11,13 @@ from importlib import metadata
 import torch
 
 import flashsloth_ops
-from flashsloth_ops import _extension, backend
+from flashsloth_ops import _extension, backend, measured
 
 PACKAGES = ("numpy", "transformers", "triton", "pybind11", "ninja")
-VARIABLES = ("FLASHSLOTH_BACKEND", "FLASHSLOTH_LOG", "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
+VARIABLES = (
+    "FLASHSLOTH_BACKEND", "FLASHSLOTH_LOG", "FLASHSLOTH_AUTOTUNE", "FLASHSLOTH_CONFIG_DIR", "TRITON_INTERPRET",
+    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES",
+)  # fmt: skip
 
 
 def environment() -> str:
@@ -28,7 +31,8 @@ def environment() -> str:
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             major, minor = torch.cuda.get_device_capability(i)
-            lines.append(f"gpu             {torch.cuda.get_device_name(i)}, compute capability {major}.{minor}")
+            name = torch.cuda.get_device_name(i)
+            lines.append(f"gpu             {name}, compute capability {major}.{minor}, {_tuned(name)}")
     else:
         lines.append("gpu             none")
     if _extension.module is None:
@@ -48,13 +52,22 @@ def table() -> list[str]:
     rows = [("op", "backend", "device", "dtypes", "")]
     for rule in backend.RULES:
         dtypes = " ".join(backend.short(d) for d in rule.dtypes)
-        note = (rule.missing(rule.devices[0]) if rule.devices else None) or rule.limits()
-        rows.append((rule.op, rule.backend, ",".join(rule.devices or ("any",)), dtypes, note))
+        devices = rule.devices or ("any",)
+        served = [device for device in devices if rule.missing(device) is None]
+        note = rule.limits() if served else rule.missing(devices[0]) or ""
+        rows.append((rule.op, rule.backend, ",".join(served or devices[:1]), dtypes, note))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     return [
         ("  ".join(f"{cell:{w}}" for cell, w in zip(row[:4], widths, strict=True)) + f"  {row[4]}").rstrip()
         for row in rows
     ]
+
+
+def _tuned(gpu: str) -> str:
+    try:
+        return f"{sum(map(len, measured.table(gpu)['configs'].values()))} tuned configurations"
+    except ValueError as error:
+        return str(error)
 
 
 def _version(name: str) -> str:

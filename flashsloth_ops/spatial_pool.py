@@ -42,7 +42,7 @@ def spatial_attention_pool(
         dropout_p: probability of dropping a hidden unit; acts only when ``training``.
         return_weights: also return the weights a.
         num_windows: rows of a packed result. Counted from ``grid`` when None, which waits for the device if
-            ``grid`` is on one; give it under torch.compile and CUDA-graph capture.
+            ``grid`` is on one. Where it is given and ``grid`` is on a device, or under torch.compile, it is trusted.
 
     Returns:
         y ``(B, ceil(H/ph) * ceil(W/pw), D)``, windows row-major, or ``(windows, D)`` packed; then, on request, the
@@ -121,7 +121,7 @@ def _check_packed(
     check.shape("grid", grid, ("B", 2))
     if x.dim() != 2:
         raise ValueError(f"x: expected packed (T, D) for a grid tensor, got {tuple(x.shape)}")
-    if num_windows is not None and torch.compiler.is_compiling():
+    if num_windows is not None and (torch.compiler.is_compiling() or grid.device.type != "cpu"):
         return grid.to(torch.int64), 0, 0, num_windows
     sizes = grid.tolist()
     if any(height < 0 or width < 0 for height, width in sizes):

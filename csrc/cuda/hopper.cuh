@@ -60,6 +60,12 @@ __device__ __forceinline__ void mbarrier_arrive_cluster(uint32_t barrier) {
   asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
+// The same where nothing that this thread wrote is to be seen, as for a buffer that it has only read: no fence, which
+// is one of all memory and stalls a main loop.
+__device__ __forceinline__ void mbarrier_arrive_cluster_relaxed(uint32_t barrier) {
+  asm volatile("mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
 // Arrives once this thread's cp_async copies so far have landed; counts as one of the expected arrivals (noinc).
 __device__ __forceinline__ void cp_async_mbarrier_arrive(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
@@ -106,7 +112,9 @@ __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.
 
 // ---- Registers ----
 
-// All warps of a warpgroup: give registers back, or get them (N a multiple of 8 from 24 to 256).
+// All warps of a warpgroup: give registers back, or wait for them (N a multiple of 8 from 24 to 256). The kernel has
+// __launch_bounds__, or the compiler ignores it; what the warpgroups want together is at most what the block started
+// with, or the wait never ends.
 template <int N>
 __device__ __forceinline__ void decrease_registers() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(N));
@@ -215,7 +223,7 @@ __device__ __forceinline__ uint32_t cluster_rank() {
 
 __device__ __forceinline__ uint32_t cluster_size() {
   uint32_t size;
-  asm volatile("mov.u32 %0, %%cluster_nctaid.x; " : "=r"(size));
+  asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
   return size;
 }
 

@@ -50,6 +50,8 @@ PoolParams<T> params(const SpatialPoolForward& args, float* scratch) {
   p.width = static_cast<int>(args.width);
   p.window_height = static_cast<int>(std::min({args.window_height, std::max<int64_t>(height, 1), kLargest}));
   p.window_width = static_cast<int>(std::min({args.window_width, std::max<int64_t>(width, 1), kLargest}));
+  p.window_columns = (p.width - 1) / p.window_width + 1;
+  p.image_windows = ((p.height - 1) / p.window_height + 1) * p.window_columns;
   p.grids = args.grids;
   p.x = static_cast<const T*>(args.x);
   p.w1 = static_cast<const T*>(args.w1);
@@ -83,14 +85,15 @@ void two_kernels(const PoolParams<T>& p, cudaStream_t stream) {
 }
 
 template <class T, int Units, int Groups>
-void one_kernel(const PoolParams<T>& p, cudaStream_t stream) {
+void one_kernel(PoolParams<T> p, cudaStream_t stream) {
   using Tile = ClusterTile<Units, Groups>;
   const uint64_t row_bytes = sizeof(T) * static_cast<uint64_t>(p.dim);
   const uint64_t dim = p.dim, tokens = p.tokens, hidden = p.hidden;
   const uint32_t depth = Tile::kDepth, row = p.window_width;
   const CUtensorMap x = tensor_map<T, 2>(p.x, {dim, tokens}, {row_bytes}, {depth, row}, Swizzle::bytes128);
   const CUtensorMap w1 = tensor_map<T, 2>(p.w1, {dim, hidden}, {row_bytes}, {depth, Units}, Swizzle::bytes128);
-  const int per_tile = Tile::kTokens / (p.window_height * p.window_width), tiles = (p.windows - 1) / per_tile + 1;
+  p.tile_windows = Tile::kTokens / (p.window_height * p.window_width);
+  const int tiles = (p.windows - 1) / p.tile_windows + 1;
   launch_kernel("spatial_pool_cluster_kernel", spatial_pool_cluster_kernel<T, Units, Groups>,
                 {dim3(Tile::kBlocks * tiles), dim3(Tile::kThreads), Tile::kSharedBytes, stream, dim3(Tile::kBlocks)}, p,
                 x, w1);

@@ -12,6 +12,8 @@ struct PoolParams {
   int64_t tokens;
   int windows, dim, hidden, mask_words;
   int images, height, width, window_height, window_width;
+  int window_columns, image_windows;  // of an image, unless `grids`
+  int tile_windows;                   // of a tile of the cluster kernel
   const int64_t* grids;
   const T *x, *w1, *b1, *w2;
   const int64_t* seed;
@@ -27,39 +29,45 @@ struct PoolParams {
 
 struct Window {
   int64_t first;      // its first token
-  int rows, columns;  // no rows: beyond the last window
+  int rows, columns;  // in tokens
   int width;          // of the image: from a token to the one below
 };
 
+__device__ inline int windows_along(int side, int window) { return side > 0 ? (side - 1) / window + 1 : 0; }
+
+// Window `index` of an image, `columns` windows wide, whose first token is `first`.
 template <class T>
-__device__ inline Window window_at(const PoolParams<T>& p, int index) {
-  const auto windows_along = [](int side, int window) { return side > 0 ? (side - 1) / window + 1 : 0; };
-  int64_t first = 0;
-  int height = p.height, width = p.width;
-  int columns = windows_along(width, p.window_width), windows = windows_along(height, p.window_height) * columns;
-  if (p.grids == nullptr) {
-    const int image = index / windows;
-    if (image >= p.images) return {0, 0, 0, 0};
-    first = static_cast<int64_t>(image) * height * width;
-    index -= image * windows;
-  } else {
-    for (int image = 0;; ++image) {  // batches are small
-      if (image == p.images) return {0, 0, 0, 0};
-      height = static_cast<int>(p.grids[2 * image]);
-      width = static_cast<int>(p.grids[2 * image + 1]);
-      columns = windows_along(width, p.window_width);
-      windows = windows_along(height, p.window_height) * columns;
-      if (index < windows) break;
-      index -= windows;
-      first += static_cast<int64_t>(height) * width;
-    }
-  }
+__device__ inline Window window_in(const PoolParams<T>& p, int64_t first, int height, int width, int columns,
+                                   int index) {
   const int row = index / columns * p.window_height, column = index % columns * p.window_width;
-  const int rows = min(height - row, p.window_height), wide = min(width - column, p.window_width);
-  first += static_cast<int64_t>(row) * width + column;
-  // Grids on the device are not checked on the host: a window that leaves x counts as empty.
-  if (first + static_cast<int64_t>(rows - 1) * width + wide > p.tokens) return {0, 0, 0, 0};
-  return {first, rows, wide, width};
+  return {first + static_cast<int64_t>(row) * width + column, min(height - row, p.window_height),
+          min(width - column, p.window_width), width};
+}
+
+// Images of one size.
+template <class T>
+__device__ inline Window window_of_grid(const PoolParams<T>& p, int index) {
+  const int image = index / p.image_windows;
+  return window_in(p, static_cast<int64_t>(image) * p.height * p.width, p.height, p.width, p.window_columns,
+                   index - image * p.image_windows);
+}
+
+// Packed images. Their sizes were not checked on the host: a window beyond the last, or that leaves x, counts as empty.
+template <class T>
+__device__ inline Window window_of_packed(const PoolParams<T>& p, int index) {
+  int64_t first = 0;
+  for (int image = 0; image < p.images; ++image) {  // batches are small
+    const int height = static_cast<int>(p.grids[2 * image]), width = static_cast<int>(p.grids[2 * image + 1]);
+    const int columns = windows_along(width, p.window_width);
+    const int windows = windows_along(height, p.window_height) * columns;
+    if (index < windows) {
+      const Window w = window_in(p, first, height, width, columns, index);
+      return w.first + static_cast<int64_t>(w.rows - 1) * width + w.columns > p.tokens ? Window{0, 0, 0, 0} : w;
+    }
+    index -= windows;
+    first += static_cast<int64_t>(height) * width;
+  }
+  return {0, 0, 0, 0};
 }
 
 // ---- The hidden layer ----

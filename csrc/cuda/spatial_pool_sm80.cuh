@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kWindowsThreads, 1)
   const int lane = threadIdx.x % 32, column = kWindowColumns * blockIdx.y + 8 * lane;
   const int index = blockIdx.x * (kWindowsThreads / 32) + threadIdx.x / 32;
   if (index >= p.windows) return;
-  const Window window = window_at(p, index);
+  const Window window = p.grids == nullptr ? window_of_grid(p, index) : window_of_packed(p, index);
   WindowSum<T, Vector> pooled;
   pooled.start(p, window, column);
   grid_dependency_wait();  // x is an input of both kernels; the scores are the first one's

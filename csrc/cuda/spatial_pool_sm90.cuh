@@ -20,9 +20,9 @@ struct ClusterTile {
   static constexpr int kConsumers = 128 * Groups, kThreads = kConsumers + 32;  // and a warp that loads
   static constexpr int kXBytes = kTokens * kRowBytes, kW1Bytes = Units * kRowBytes, kStageBytes = kXBytes + kW1Bytes;
 
-  // After the stages: parts of the scores (kBlocks, kTokens), weights (kTokens), b1 and w2 (Units / 2), barriers.
-  static constexpr int kPartBytes = kBlocks * kTokens * 4, kWeightBytes = kTokens * 4, kUnitBytes = Units * 8;
-  static constexpr int kOtherBytes = kPartBytes + kWeightBytes + kUnitBytes + 128;
+  // After the stages: parts of the scores (kBlocks, kTokens), weights and tokens of the rows (kTokens), b1 and w2
+  // (Units / 2), barriers.
+  static constexpr int kOtherBytes = (kBlocks + 2) * kTokens * 4 + Units * 8 + 128;
   static constexpr int kStages = std::min(8, (227 * 1024 - kOtherBytes) / kStageBytes);
   static constexpr int kSharedBytes = kStages * kStageBytes + kOtherBytes;
   static_assert(kStageBytes % 1024 == 0 && kXBytes % 1024 == 0, "the swizzle's pattern is 1024 bytes");
@@ -36,16 +36,17 @@ struct ClusterBlock {
 
   const PoolParams<T>& p;
   const uint32_t rank = cluster_rank();
-  const int area = p.window_height * p.window_width, per_tile = Tile::kTokens / area;
-  const int first_window = static_cast<int>(blockIdx.x / Tile::kBlocks) * per_tile;
-  const int windows = min(per_tile, p.windows - first_window);
+  const int area = p.window_height * p.window_width;
+  const int first_window = static_cast<int>(blockIdx.x / Tile::kBlocks) * p.tile_windows;
+  const int windows = min(p.tile_windows, p.windows - first_window);
   const int steps = (p.dim + Tile::kDepth - 1) / Tile::kDepth;  // of a pass
   const int passes = (p.hidden + Tile::kBlocks * Units - 1) / (Tile::kBlocks * Units);
 
   char* const stages = dynamic_shared();
   float* const parts = reinterpret_cast<float*>(stages + Tile::kStages * Tile::kStageBytes);
   float* const weights = parts + Tile::kBlocks * Tile::kTokens;
-  float4* const units = reinterpret_cast<float4*>(weights + Tile::kTokens);  // b1 of two units, w2 of the two
+  int* const tokens = reinterpret_cast<int*>(weights + Tile::kTokens);      // -1: none in this row
+  float4* const units = reinterpret_cast<float4*>(tokens + Tile::kTokens);  // b1 of two units, w2 of the two
   const uint32_t stages_at = shared_address(stages), barriers = shared_address(units + Units / 2);
 
   __device__ explicit ClusterBlock(const PoolParams<T>& params) : p(params) {}
@@ -54,14 +55,6 @@ struct ClusterBlock {
   __device__ uint32_t empty(int stage) const { return barriers + 16 * stage + 8; }
   __device__ uint32_t stage_at(int step) const { return stages_at + step % Tile::kStages * Tile::kStageBytes; }
   __device__ int first_unit(int pass) const { return (pass * Tile::kBlocks + static_cast<int>(rank)) * Units; }
-
-  // The token in a row of the tile; -1 where there is none.
-  __device__ int64_t token(int row) const {
-    const int in_window = row % area, r = in_window / p.window_width, c = in_window % p.window_width;
-    if (row / area >= windows) return -1;
-    const Window window = window_at(p, first_window + row / area);
-    return r < window.rows && c < window.columns ? window.first + static_cast<int64_t>(r) * window.width + c : -1;
-  }
 
   // ---- The warp that loads ----
 
@@ -90,9 +83,10 @@ struct ClusterBlock {
     const int row = static_cast<int>(rank) + Tile::kBlocks * lane, window = row / p.window_height;
     const bool has_row = window < windows;
     const int r = row % p.window_height;
-    const Window at = window_at(p, first_window + (has_row ? window : 0));
+    const Window at = window_of_grid(p, first_window + (has_row ? window : 0));
     const int token = static_cast<int>(at.first + static_cast<int64_t>(r) * at.width);
     const uint32_t offset = (window * area + r * p.window_width) * Tile::kRowBytes;
+    cluster_wait();  // the barriers of all blocks are there
     for (int step = 0; step < passes * steps; ++step) {
       const int stage = step % Tile::kStages, round = step / Tile::kStages;
       if (round > 0) {
@@ -108,6 +102,17 @@ struct ClusterBlock {
 
   // ---- The warpgroups that multiply ----
 
+  // Divisions take long, so each row's token is found once, before its first stage has come.
+  __device__ void find_tokens() const {
+    for (int row = threadIdx.x; row < Tile::kTokens; row += Tile::kConsumers) {
+      const int in_window = row % area, r = in_window / p.window_width, c = in_window % p.window_width;
+      const bool has_window = row / area < windows;
+      const Window window = window_of_grid(p, first_window + (has_window ? row / area : 0));
+      const bool there = has_window && r < window.rows && c < window.columns;
+      tokens[row] = there ? static_cast<int>(window.first + static_cast<int64_t>(r) * window.width + c) : -1;
+    }
+  }
+
   __device__ void load_units(int pass) const {
     for (int i = threadIdx.x; i < Units / 2; i += Tile::kConsumers) {
       const float2 b1 = load_pair(p.b1, first_unit(pass) + 2 * i, p.hidden);
@@ -119,7 +124,7 @@ struct ClusterBlock {
   // This warpgroup has read the step's stage: says so in every block that may load it anew.
   __device__ void release(int step) const {
     const uint32_t block = threadIdx.x % 128;
-    if (block < Tile::kBlocks) mbarrier_arrive_cluster(cluster_address(empty(step % Tile::kStages), block));
+    if (block < Tile::kBlocks) mbarrier_arrive_cluster_relaxed(cluster_address(empty(step % Tile::kStages), block));
   }
 
   // acc = x w1' for the warpgroup's 64 tokens and the pass's units.
@@ -146,10 +151,20 @@ struct ClusterBlock {
   // Adds the pass's units to the scores of the lane's rows, row and row + 8 of the tile, and writes their mask.
   __device__ void add_scores(float (&score)[2], const float (&acc)[Units / 2], int pass, int row, int lane) const {
     const int t = lane % 4;
+    if (p.mask == nullptr && p.drop_below == 0) {  // inference, without the bits
+#pragma unroll
+      for (int j = 0; j < Units / 8; ++j) {
+        const float4 unit = units[4 * j + t];
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          add_units(score[half], acc[4 * j + 2 * half], acc[4 * j + 2 * half + 1], {unit.x, unit.y}, {unit.z, unit.w},
+                    3);
+      }
+      return;
+    }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const bool positions = p.drop_below != 0 || p.mask != nullptr;
-      const int64_t n = positions ? token(row + 8 * half) : -1;
+      const int n = tokens[row + 8 * half];
       const uint64_t kept = p.drop_below == 0 ? ~uint64_t{0} : kept_units(p, n, first_unit(pass), Units / 8, lane);
       uint64_t active = 0;
 #pragma unroll
@@ -164,8 +179,8 @@ struct ClusterBlock {
     }
   }
 
-  __device__ void write_mask(uint64_t active, int64_t n, int unit, int t) const {
-    uint16_t* const halves = reinterpret_cast<uint16_t*>(p.mask) + n * 2 * p.mask_words;
+  __device__ void write_mask(uint64_t active, int n, int unit, int t) const {
+    uint16_t* const halves = reinterpret_cast<uint16_t*>(p.mask + static_cast<int64_t>(n) * p.mask_words);
 #pragma unroll
     for (int h = 0; h < Units / 16; ++h) {
       const uint32_t pairs = static_cast<uint32_t>(active >> (4 * h));
@@ -187,29 +202,26 @@ struct ClusterBlock {
 
   // ---- Windows ----
 
-  // Softmax of a window by one warp, from all parts of its scores.
+  // Softmax of a window by one warp, from all parts of its scores. A lane keeps to its own rows.
   __device__ void softmax(int window, int lane) const {
-    const int64_t first = window_at(p, first_window + window).first;
-    const auto there = [&](int i) { return token(window * area + i) >= 0; };
-    float* const weight = weights + window * area;
+    const int first = window * area + lane, end = window * area + area;
     float peak = -INFINITY, total = 0.0f;
-    for (int i = lane; i < area; i += 32) {
+    for (int row = first; row < end; row += 32) {
       float score = 0.0f;
 #pragma unroll
-      for (int block = 0; block < Tile::kBlocks; ++block) score += parts[block * Tile::kTokens + window * area + i];
-      weight[i] = there(i) ? score * kLog2E : -INFINITY;
-      peak = fmaxf(peak, weight[i]);
+      for (int block = 0; block < Tile::kBlocks; ++block) score += parts[block * Tile::kTokens + row];
+      weights[row] = tokens[row] >= 0 ? score * kLog2E : -INFINITY;
+      peak = fmaxf(peak, weights[row]);
     }
     peak = warp_max(peak);
-    for (int i = lane; i < area; i += 32) {
-      weight[i] = exp2_approx(weight[i] - peak);
-      total += weight[i];
+    for (int row = first; row < end; row += 32) {
+      weights[row] = exp2_approx(weights[row] - peak);
+      total += weights[row];
     }
     const float scale = 1.0f / warp_sum(total);
-    for (int i = lane; i < area; i += 32) {
-      weight[i] *= scale;
-      const int64_t n = first + static_cast<int64_t>(i / p.window_width) * p.width + i % p.window_width;
-      if (static_cast<int>(rank) == window % Tile::kBlocks && there(i)) p.weights[n] = weight[i];
+    for (int row = first; row < end; row += 32) {
+      weights[row] *= scale;
+      if (window % Tile::kBlocks == static_cast<int>(rank) && tokens[row] >= 0) p.weights[tokens[row]] = weights[row];
     }
   }
 };
@@ -225,34 +237,22 @@ __global__ void __launch_bounds__(ClusterTile<Units, Groups>::kThreads, 1)
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     if (warp == Tile::kConsumers / 32) {
       if (lane == 0) {
+        tma_prefetch(w1_map);
+        tma_prefetch(x_map);
         block.start_barriers();
         block.load_first(w1_map);
       }
       __syncwarp();
-      cluster_sync();
+      cluster_arrive();
       block.load(x_map, w1_map, lane);
       __syncwarp();
       cluster_sync();
       return;
     }
+    cluster_arrive();
 
-    block.load_units(0);
-    cluster_sync();  // barriers are there, in all blocks
-    const int row = 16 * warp + lane / 4;
-    float score[2] = {0.0f, 0.0f};
-    for (int pass = 0; pass < block.passes; ++pass) {
-      float acc[Units / 2];
-      block.multiply(acc, pass);
-      block.add_scores(score, acc, pass, row, lane);
-      if (pass + 1 < block.passes) {
-        named_barrier_sync(1, Tile::kConsumers);
-        block.load_units(pass + 1);
-        named_barrier_sync(1, Tile::kConsumers);
-      }
-    }
-    block.send(score, row, lane);
-
-    // An item is a window and eight of this block's columns. Its x comes while the scores do.
+    // An item is a window and eight of this block's columns. One warpgroup has registers to read the first item's x
+    // now: it is there when weights are, and in L2 when the cluster loads it.
     const int per_block = (p.dim / 8 + Tile::kBlocks - 1) / Tile::kBlocks;
     const int first_piece = static_cast<int>(block.rank) * per_block;
     const int pieces = max(0, min(per_block, p.dim / 8 - first_piece)), items = block.windows * pieces;
@@ -263,10 +263,25 @@ __global__ void __launch_bounds__(ClusterTile<Units, Groups>::kThreads, 1)
       if (item >= items) return;
       in_tile = item / pieces;
       column = 8 * (first_piece + item % pieces);
-      window = window_at(p, block.first_window + in_tile);
+      window = window_of_grid(p, block.first_window + in_tile);
       pooled.start(p, window, column);
     };
-    start();
+    if constexpr (Groups == 1) start();
+    block.find_tokens();
+    cluster_wait();
+
+    const int row = 16 * warp + lane / 4;
+    float score[2] = {0.0f, 0.0f};
+    for (int pass = 0; pass < block.passes; ++pass) {
+      float acc[Units / 2];
+      block.load_units(pass);
+      block.multiply(acc, pass);
+      named_barrier_sync(1, Tile::kConsumers);  // units and tokens are there
+      block.add_scores(score, acc, pass, row, lane);
+      named_barrier_sync(1, Tile::kConsumers);  // and read
+    }
+    if constexpr (Groups > 1) start();
+    block.send(score, row, lane);
     cluster_sync();  // the parts of all blocks are here; no block reaches into another from now on
     for (int i = warp; i < block.windows; i += Tile::kConsumers / 32) block.softmax(i, lane);
     named_barrier_sync(1, Tile::kConsumers);

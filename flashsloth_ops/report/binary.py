@@ -49,9 +49,9 @@ class Instruction(NamedTuple):
 
 def read(path: Path, tools: Path, reserved_shared: int) -> list[Binary]:
     """Every kernel of a cubin. ``tools`` is the folder of cuobjdump and nvdisasm."""
-    resources = _run(tools / "cuobjdump", "-res-usage", path)
+    resources = run(tools / "cuobjdump", "-res-usage", path)
     found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", resources)
-    code = sections(_run(tools / "nvdisasm", "-c", path))
+    code = sections(run(tools / "nvdisasm", "-c", path))
     return [
         describe(name, int(registers), int(stack), max(int(shared) - reserved_shared, 0), code[name])
         for name, registers, stack, shared in found
@@ -236,8 +236,9 @@ def _dominators(order: list[int], predecessors: dict[int, list[int]]) -> dict[in
     return dominator
 
 
-def _run(*command: object) -> str:
+def run(*command: object) -> str:
+    """What a tool prints. Raises RuntimeError with what it complains about."""
     result = subprocess.run([str(c) for c in command], capture_output=True, text=True)
     if result.returncode:
-        raise RuntimeError(f"{command[0]}: {result.stderr.strip()}")
+        raise RuntimeError(f"{command[0]}: {(result.stderr or result.stdout).strip()}")
     return result.stdout

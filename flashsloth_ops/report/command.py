@@ -21,7 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arch", default="80,90,100", help="architectures, e.g. 90 (default: %(default)s)")
     parser.add_argument("--only", default="", help="kernels whose name contains this")
     parser.add_argument("--quick", action="store_true", help="of each kernel the first variant only")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="store the rows; all but --only replaces the file")
+    parser.add_argument(
+        "--json", type=Path, metavar="PATH", help="store the rows; those that --only and --quick leave out stay"
+    )
     parser.add_argument("--compare", type=Path, metavar="PATH", help="say what changed against stored rows")
     parser.add_argument("--jobs", type=int, default=_processors(), help="compilers at once (default: %(default)s)")
 
@@ -76,7 +78,7 @@ def main(given: argparse.Namespace) -> int:
     if stored is not None:
         problems += _compare(rows, versions, *stored, whole=not (given.only or given.quick))
     if given.json:
-        _store(given.json, rows, versions, merge=bool(given.only or given.quick))
+        _store(given.json, rows, versions, bool(given.only), given.quick)
     for problem in problems:
         print(f"FAILED: {problem}")
     seconds = time.perf_counter() - started
@@ -107,11 +109,16 @@ def _compare(rows: list[Row], now: dict[str, str], stored: list[Row], before: di
     return problems
 
 
-def _store(path: Path, rows: list[Row], versions: dict[str, str], merge: bool) -> None:
-    if merge and path.exists():
+def _store(path: Path, rows: list[Row], versions: dict[str, str], only: bool, quick: bool) -> None:
+    """Replaces the file. What a run leaves out stays, if the same compilers made it: other kernels under ``only``,
+    other variants of the kernels that are still there under ``quick``.
+    """
+    if (only or quick) and path.exists():
         stored, before = table.read(path)
+        kernels = {(row.language, row.kernel) for row in rows}
         if before == versions:
-            rows = list({row.key: row for row in [*stored, *rows]}.values())
+            kept = [row for row in stored if only or (row.language, row.kernel) in kernels]
+            rows = list({row.key: row for row in [*kept, *rows]}.values())
     table.write(path, rows, versions)
 
 

@@ -28,13 +28,25 @@ class Kernel(NamedTuple):
     """A kernel of ``csrc/cuda`` with dynamic shared memory or tensor-core instructions; others need no entry."""
 
     file: str
-    shared: str = "0"  # bytes that a launch asks for, a constant of the file; the most where templates differ
+    shared: str = "0"  # bytes that a launch asks for: a constant of the file, {0} being its first template argument
     tensor: str = ""  # tensor-core instruction
     architectures: tuple[int, ...] = (80, 90)
 
 
 KERNELS = {
+    "image_state_project_kernel": Kernel("embedded_query.cu", "query::RowsTile<bf16>::kSharedBytes", "HMMA"),
+    "embedded_query_rows_kernel": Kernel("embedded_query.cu", "query::RowsGemm<bf16>::kSharedBytes", "HMMA"),
+    "embedded_query_many_rows_kernel": Kernel("embedded_query.cu", "query::RowsTile<bf16>::kSharedBytes", "HMMA"),
+    "embedded_query_text_kernel": Kernel(
+        "embedded_query.cu", "query::TextTile::shared_bytes(query::kMaxHeadDim)", "HMMA"
+    ),
+    "embedded_query_asked_kernel": Kernel("embedded_query.cu", "query::AskedTile<bf16>::kSharedBytes", "HMMA"),
+    "embedded_query_scores_kernel": Kernel("embedded_query.cu", "query::ScoresTile<bf16>::kSharedBytes", "HMMA"),
+    "embedded_query_pooled_kernel": Kernel("embedded_query.cu", "query::PooledTile<bf16>::kSharedBytes", "HMMA"),
+    "embedded_query_values_kernel": Kernel("embedded_query.cu", "query::OutputGemm<bf16>::kSharedBytes", "HMMA"),
+    "embedded_query_up_kernel": Kernel("embedded_query.cu", "query::OutputGemm<bf16>::kSharedBytes", "HMMA"),
     "spatial_pool_scores_kernel": Kernel("spatial_pool.cu", "ScoresTile::kSharedBytes", "HMMA"),
+    "spatial_pool_cluster_kernel": Kernel("spatial_pool.cu", "ClusterTile<{1}, {2}>::kSharedBytes", "HGMMA", (90,)),
     "sparse_prefill_kernel": Kernel("sparse_prefill.cu", "prefill::kSharedBytes", "HGMMA", (90,)),
     "importance_kernel": Kernel("sparse_prefill.cu", "importance::kSharedBytes", "HMMA", (90,)),
 }
@@ -65,29 +77,37 @@ def compile_file(source: Path, on: Architecture, tools: Path, kernels: dict[str,
     A kernel that neither reads nor writes memory has no code for this architecture, and no row.
     """
     kernels = {n: k for n, k in (KERNELS if kernels is None else kernels).items() if k.file == source.name}
+    flags = ["-std=c++17", "-O3", "-lineinfo", "-DFLASHSLOTH_SM90A=1", f"-arch=sm_{COMPUTE[on.capability]}"]
+    flags += [f"-I{CSRC}", f"-I{source.parent}"]
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        wrapper, target = folder / "wrapper.cu", folder / "kernels.cubin"
-        wrapper.write_text(
-            f'#include "{source}"\nusing namespace flashsloth::cuda;\n'
-            + "".join(f"extern __device__ const int of_{n} = {k.shared};\n" for n, k in kernels.items())
-        )
-        command = ["nvcc", "-std=c++17", "-O3", "-lineinfo", f"-I{CSRC}", f"-I{source.parent}", "-DFLASHSLOTH_SM90A=1"]
-        command += ["--keep", "--keep-dir", name, "-cubin", f"-arch=sm_{COMPUTE[on.capability]}", "-o", str(target)]
-        done = subprocess.run([*command, str(wrapper)], capture_output=True, text=True)
-        if done.returncode:
-            message = " ".join((done.stderr or done.stdout).split())[:400]
-            return [Row(source.name, "", on.name, "cuda", error=f"does not compile: {message}")]
-        ptx = (folder / "wrapper.ptx").read_text()
-        reserved = RESERVED_SHARED if on.capability >= 90 else 0
-        binaries = binary.read(target, tools, reserved)
-    return [_row(code, on, ptx, kernels) for code in binaries if code.touches_memory]
+        ptx, cubin, wrapper, constants = (Path(name) / n for n in ("k.ptx", "k.cubin", "wrapper.cu", "wrapper.ptx"))
+        try:
+            binary.run("nvcc", *flags, "-ptx", source, "-o", ptx)
+            binary.run("nvcc", *flags, "-cubin", ptx, "-o", cubin)
+            reserved = RESERVED_SHARED if on.capability >= 90 else 0
+            binaries = [code for code in binary.read(cubin, tools, reserved) if code.touches_memory]
+            lines = [f'#include "{source}"', "using namespace flashsloth::cuda;"]
+            for number, code in enumerate(binaries):
+                function, arguments = demangled(code.name)
+                shared = kernels[function].shared.format(*arguments) if function in kernels else "0"
+                lines.append(f"extern __device__ const int shared_of_{number} = {shared};")
+            wrapper.write_text("\n".join(lines) + "\n")
+            binary.run("nvcc", *flags, "-ptx", wrapper, "-o", constants)
+        except RuntimeError as error:
+            return [
+                Row(source.name, "", on.name, "cuda", error=f"does not compile: {' '.join(str(error).split())[:400]}")
+            ]
+        # A constant of zero has no initialiser.
+        sizes = dict(re.findall(r"\bshared_of_(\d+) = (\d+);", constants.read_text()))
+        text = ptx.read_text()
+        return [_row(code, on, text, int(sizes.get(str(n), 0)), kernels) for n, code in enumerate(binaries)]
 
 
-def _row(code: binary.Binary, on: Architecture, ptx: str, kernels: dict[str, Kernel]) -> Row:
+def _row(code: binary.Binary, on: Architecture, ptx: str, dynamic: int, kernels: dict[str, Kernel]) -> Row:
     name, arguments = demangled(code.name)
+    case = ", ".join(arguments).replace("__nv_bfloat16", "bf16").replace("__half", "fp16")
     row = Row(
-        name, arguments, on.name, "cuda", registers=code.registers, stack=code.stack, spilled=code.local,
+        name, case, on.name, "cuda", registers=code.registers, stack=code.stack, spilled=code.local,
         spilled_in_loops=code.local_in_loops, tensor=code.tensor, shared=None, blocks=None,
     )  # fmt: skip
     entry = ptx.split(f".entry {code.name}(", 1)[-1].split(".entry ", 1)[0]
@@ -98,8 +118,7 @@ def _row(code: binary.Binary, on: Architecture, ptx: str, kernels: dict[str, Ker
     if name not in kernels and any(symbol in entry for symbol in re.findall(r"\.extern \.shared .*? (\w+)\[\];", ptx)):
         return replace(row, error=f"has dynamic shared memory; say how much in KERNELS of {Path(__file__).name}")
     expected = kernels.get(name, Kernel(""))
-    dynamic = re.search(rf"\bof_{name} = (\d+);", ptx)  # a constant of zero has no initialiser
-    shared, warps = code.static_shared + (int(dynamic[1]) if dynamic else 0), -(-threads // WARP)
+    shared, warps = code.static_shared + dynamic, -(-threads // WARP)
     fits = occupancy(on, warps, code.registers, shared)
     row = replace(row, warps=warps, shared=shared, blocks=fits.blocks, limit=fits.limit)
     wanted = expected.tensor
@@ -110,15 +129,14 @@ def _row(code: binary.Binary, on: Architecture, ptx: str, kernels: dict[str, Ker
     return replace(row, matrix=bool(wanted))
 
 
-def demangled(symbol: str) -> tuple[str, str]:
-    """``_ZN1a3fooI6__halfLi3EEEvPf`` -> ``foo``, ``fp16, 3``."""
+def demangled(symbol: str) -> tuple[str, list[str]]:
+    """``_ZN1a3fooI6__halfLi3EEEvPf`` -> ``foo``, ``[__half, 3]``."""
     tool = shutil.which("c++filt") or shutil.which("cu++filt")
     if tool is None:
-        return symbol, ""
+        return symbol, []
     text = subprocess.run([tool, symbol], capture_output=True, text=True).stdout.strip()
-    text = text.replace("__nv_bfloat16", "bf16").replace("__half", "fp16")
     found = re.match(r"(?:\w+ )?(?:[\w() ]+::)*(\w+)(?:<(.*)>)?\(", text)
-    return (found[1], found[2] or "") if found else (text, "")
+    return (found[1], found[2].split(", ") if found[2] else []) if found else (text, [])
 
 
 def version() -> str:

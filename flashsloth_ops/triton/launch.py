@@ -48,7 +48,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     if device.type == "cpu" and not INTERPRETED:
         raise BackendError(f"{kernel.__name__}: expected CUDA tensors, or TRITON_INTERPRET=1 for CPU tensors")
     if INTERPRETED:
-        _let_loops_end_at_tensors()
+        _repair_interpreter()
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         try:
             kernel[grid](*args, **options)
@@ -57,17 +57,25 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
 
 
 @functools.cache
-def _let_loops_end_at_tensors() -> None:
-    """Triton 3.6's interpreter reads the bounds of a loop with int(array of one element), which NumPy 2.4 refuses."""
+def _repair_interpreter() -> None:
+    """Triton 3.6's interpreter reads the bounds of a loop with int(array of one element), which NumPy 2.4 refuses; and
+    it patches the language anew at every call of a function inside a kernel, which is half of its time."""
+    from triton.language import core
     from triton.runtime import interpreter
 
-    patch = interpreter._patch_lang_tensor
+    patch, patch_tensor = interpreter._patch_lang, interpreter._patch_lang_tensor
+
+    def patch_lang(function: Any) -> Any:
+        languages = [v for v in function.__globals__.values() if v is interpreter.tl or v is core]
+        if languages and not any(core.is_builtin(language.load) for language in languages):
+            return interpreter._LangPatchScope()  # the kernel around it did
+        return patch(function)
 
     def patch_lang_tensor(tensor: Any, scope: Any) -> None:
-        patch(tensor, scope)
+        patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
-    interpreter._patch_lang_tensor = patch_lang_tensor
+    interpreter._patch_lang, interpreter._patch_lang_tensor = patch_lang, patch_lang_tensor
 
 
 @contextmanager

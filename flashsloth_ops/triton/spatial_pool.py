@@ -6,12 +6,14 @@ scores, its product with w1 (dx), its product with x (G), and what follows from 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from flashsloth_ops.backend import short
+from flashsloth_ops import _checks as check
+from flashsloth_ops.backend import NARROW, short
 from flashsloth_ops.triton.launch import launch, num_sms
 from flashsloth_ops.triton.spatial_pool_backward import (
     pool_input_gradient_kernel,
@@ -22,16 +24,16 @@ from flashsloth_ops.triton.spatial_pool_backward import (
 from flashsloth_ops.triton.spatial_pool_forward import pool_scores_kernel, pool_windows_kernel
 from flashsloth_ops.triton.tuning import Config, bucket, choose
 
-# Tiles of a product, the largest first, with warps: registers hold 128 fp32 sums a thread at most.
-TILES = ((256, 128, 8), (128, 128, 8), (64, 128, 4), (64, 64, 4))
-
 
 def spatial_pool(
     x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, grids: Tensor | None, height: int, width: int,
     num_windows: int, window_height: int, window_width: int, dropout_p: float, seed: Tensor | None, save_mask: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """y, weights and mask as ``flashsloth_ops.spatial_pool`` declares them."""
+    check_inputs(x, w1, b1, w2)
+    check.like("b2", b2, x, "x")
     hidden, dim = w1.shape
+    grids = on_device(grids, x)
     x, w1, b1, w2 = x.contiguous(), w1.contiguous(), b1.contiguous(), w2.contiguous()
     tokens = x.shape[:-1].numel()
     y = x.new_empty((*x.shape[:-2], num_windows, dim))
@@ -48,18 +50,17 @@ def spatial_pool(
         )  # fmt: skip
         return partial
 
-    heuristic = product_tile(tokens, hidden, dim, x)
-    key = f"{short(x.dtype)} D{dim} H{hidden} T{bucket(tokens)}"
-    partial = scores(choose("pool_scores_kernel", key, x.device, heuristic, lambda: _space(x), scores))
+    tiles, key = scores_tiles(x, dropout_p > 0), tuning_key(x, w1)
+    heuristic = best_tile(tiles, tokens, hidden, dim, x)
+    partial = scores(choose("pool_scores_kernel", key, x.device, heuristic, lambda: space(tiles, x), scores))
 
     windows = y.shape[:-1].numel()
     block_d = column_block(windows, dim, x)
     launch(
         pool_windows_kernel, (windows * max(ceil_div(dim, block_d), 1),),
-        x, partial, b2, None if grids is None else grids.contiguous(), y, weights, tokens, dim, partial.shape[0],
+        x, partial, b2, grids, y, weights, tokens, dim, partial.shape[0],
         windows, 0 if grids is None else grids.shape[0], height, width, window_height, window_width,
-        BLOCK_S=min(bucket(partial.shape[0]), 32), BLOCK_T=token_block(window_height, window_width),
-        BLOCK_D=block_d, BLOCK_B=IMAGES, num_warps=2 if block_d == 128 else 4,
+        BLOCK_S=min(bucket(partial.shape[0]), 32), BLOCK_B=IMAGES, **window_block(window_height, window_width, block_d),
     )  # fmt: skip
     return y, weights, mask
 
@@ -70,7 +71,11 @@ def spatial_pool_backward(
     need_dx: bool, need_dw: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dx, dw1, db1, dw2 as ``flashsloth_ops.spatial_pool`` declares them; empty where not needed."""
+    check_inputs(x, w1, b1, w2)
+    check.like("dy", dy, x, "x")
+    check.shape("mask", mask, (x.shape[:-1].numel(), (w1.shape[0] + 31) // 32), ", what forward saves")
     hidden, dim = w1.shape
+    grids = on_device(grids, x)
     dy, x, w1, b1, w2 = dy.contiguous(), x.contiguous(), w1.contiguous(), b1.contiguous(), w2.contiguous()
     weights, mask = weights.contiguous(), mask.contiguous()
     tokens, windows = x.shape[:-1].numel(), dy.shape[:-1].numel()
@@ -78,10 +83,9 @@ def spatial_pool_backward(
     window_of = x.new_empty((tokens,), dtype=torch.int32)
     launch(
         pool_score_gradient_kernel, (windows,),
-        x, dy, None if dweights is None else dweights.contiguous(), weights,
-        None if grids is None else grids.contiguous(), ds, window_of, tokens, dim,
+        x, dy, None if dweights is None else dweights.contiguous(), weights, grids, ds, window_of, tokens, dim,
         0 if grids is None else grids.shape[0], height, width, window_height, window_width,
-        BLOCK_T=token_block(window_height, window_width), BLOCK_D=min(bucket(max(dim, 16)), 512), BLOCK_B=IMAGES,
+        BLOCK_B=IMAGES, **window_block(window_height, window_width, min(bucket(max(dim, 128)), 512)),
     )  # fmt: skip
 
     dx = x.new_empty(x.shape if need_dx else (0, *x.shape[1:]))
@@ -92,6 +96,22 @@ def spatial_pool_backward(
     if need_dw:
         weight_gradients(mask, ds, x, w1, b1, w2, dw1, db1, dw2, dropout_p)
     return dx, dw1, db1, dw2
+
+
+def check_inputs(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor) -> None:
+    """What would be read out of bounds, also for calls below the checks of the public function."""
+    if x.dtype not in NARROW:
+        raise TypeError(f"x: expected {', '.join(map(short, NARROW))}, got {short(x.dtype)}")
+    for name, value in (("w1", w1), ("b1", b1), ("w2", w2)):
+        check.like(name, value, x, "x")
+    check.shape("w1", w1, ("Dh", x.shape[-1]), " with the D of x")
+    check.shape("b1", b1, (w1.shape[0],))
+    check.shape("w2", w2, (w1.shape[0],))
+
+
+def on_device(grids: Tensor | None, x: Tensor) -> Tensor | None:
+    """Sizes where the kernels read them; a copy that waits only if they are on the CPU and x is not."""
+    return None if grids is None else grids.to(x.device).contiguous()
 
 
 def input_gradient(
@@ -107,9 +127,9 @@ def input_gradient(
             PRECISION=precision(w1), **tile,
         )  # fmt: skip
 
-    heuristic = product_tile(tokens, dim, hidden, w1)
-    key = f"{short(w1.dtype)} D{dim} H{hidden} T{bucket(tokens)}"
-    run(choose("pool_input_gradient_kernel", key, w1.device, heuristic, lambda: _space(w1), run))
+    tiles, key = gradient_tiles(dx), tuning_key(dx, w1)
+    heuristic = best_tile(tiles, tokens, dim, hidden, dx)
+    run(choose("pool_input_gradient_kernel", key, dx.device, heuristic, lambda: space(tiles, dx), run))
 
 
 def weight_gradients(
@@ -129,9 +149,11 @@ def weight_gradients(
         )  # fmt: skip
         return sums, counts
 
-    heuristic = {"BLOCK_M": 128, "BLOCK_N": 128, **_step(x), "num_warps": 8}
-    key = f"{short(x.dtype)} D{dim} H{hidden} T{bucket(tokens)}"
-    sums, counts = unit_sums(choose("pool_unit_sums_kernel", key, x.device, heuristic, lambda: _space(x), unit_sums))
+    tiles, key = gradient_tiles(x), tuning_key(x, w1)
+    heuristic = tiles[0].config(x)  # the largest: splits fill the GPU
+    sums, counts = unit_sums(
+        choose("pool_unit_sums_kernel", key, x.device, heuristic, lambda: space(tiles, x), unit_sums)
+    )
     launch(
         pool_weight_gradient_kernel, (ceil_div(hidden, 4),),
         sums, counts, w1, b1, w2, dw1, db1, dw2, dim, hidden, sums.shape[0], counts.shape[0], 1 / (1 - dropout_p),
@@ -141,24 +163,64 @@ def weight_gradients(
 
 # ---- tiles: counted, not searched, unless FLASHSLOTH_AUTOTUNE=1 ----
 
+
+class Tile(NamedTuple):
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+    def config(self, like: Tensor) -> Config:
+        step = 128 // like.element_size()  # 128 bytes of a row, the widest swizzle
+        sizes = {"BLOCK_M": self.rows, "BLOCK_N": self.columns, "BLOCK_K": step}
+        return {**sizes, "num_warps": self.warps, "num_stages": self.stages}
+
+
+# The largest first. Stages keep about 100 KB of loads under way, also where a small tile passes in 300 clocks.
+SCORES = (Tile(256, 128, 8, 3), Tile(128, 128, 8, 3), Tile(64, 128, 4, 6), Tile(64, 64, 4, 6))
+# Where the left operand is made in registers, two blocks a multiprocessor: one makes it while the other multiplies.
+GRADIENTS = (Tile(128, 128, 4, 3), Tile(64, 128, 4, 4), Tile(64, 64, 4, 4))
+# Three tf32 products need the registers of twice the operands, and so much arithmetic that small tiles cost nothing.
+FP32 = (Tile(64, 128, 8, 3), Tile(64, 64, 4, 3))
+
 IMAGES = 128  # sizes of packed images read at a time
 CLOCKS_TO_START = 2000  # of a program: first loads, last stores, what a pipeline does not hide
 BYTES_A_CLOCK = 64  # from L2, for one multiprocessor
 FLOPS_A_CLOCK = {torch.float32: 550, torch.bfloat16: 3400, torch.float16: 3400}  # of one, fp32 as three tf32 products
 
 
-def product_tile(rows: int, columns: int, inner: int, like: Tensor) -> Config:
+def best_tile(tiles: tuple[Tile, ...], rows: int, columns: int, inner: int, like: Tensor) -> Config:
     """The tile with the least time by this count: waves of programs, each bound by arithmetic or by L2."""
     sms = num_sms(like.device)
 
-    def clocks(tile: tuple[int, int, int]) -> float:
-        m, n, _ = tile
-        waves = ceil_div(ceil_div(rows, m) * ceil_div(columns, n), sms)
-        arithmetic, traffic = 2 * m * n / FLOPS_A_CLOCK[like.dtype], (m + n) * like.element_size() / BYTES_A_CLOCK
+    def clocks(tile: Tile) -> float:
+        waves = ceil_div(ceil_div(rows, tile.rows) * ceil_div(columns, tile.columns), sms)
+        arithmetic = 2 * tile.rows * tile.columns / FLOPS_A_CLOCK[like.dtype]
+        traffic = (tile.rows + tile.columns) * like.element_size() / BYTES_A_CLOCK
         return waves * (CLOCKS_TO_START + inner * max(arithmetic, traffic))
 
-    m, n, warps = min(_tiles(like), key=clocks)
-    return {"BLOCK_M": m, "BLOCK_N": n, **_step(like), "num_warps": warps}
+    return min(tiles, key=clocks).config(like)
+
+
+def space(tiles: tuple[Tile, ...], like: Tensor) -> Iterator[Config]:
+    """Candidates of a search."""
+    for tile in tiles:
+        for stages in (tile.stages, tile.stages + 1):
+            yield tile._replace(stages=stages).config(like)
+
+
+def scores_tiles(x: Tensor, dropout: bool) -> tuple[Tile, ...]:
+    """Philox needs registers beside those of the sums: not the largest tile."""
+    return aligned(FP32 if x.dtype == torch.float32 else SCORES[1:] if dropout else SCORES, x)
+
+
+def gradient_tiles(x: Tensor) -> tuple[Tile, ...]:
+    return aligned(FP32 if x.dtype == torch.float32 else GRADIENTS, x)
+
+
+def aligned(tiles: tuple[Tile, ...], x: Tensor) -> tuple[Tile, ...]:
+    """Rows that do not start at 16 bytes are loaded element by element, whose addresses fill the registers."""
+    return tiles if x.shape[-1] * x.element_size() % 16 == 0 else tiles[-1:]
 
 
 def token_splits(tokens: int, tiles: int, like: Tensor) -> tuple[int, int]:
@@ -176,9 +238,10 @@ def column_block(windows: int, dim: int, like: Tensor) -> int:
     return 512
 
 
-def token_block(window_height: int, window_width: int) -> int:
-    """Tokens of a window at a time."""
-    return min(max(bucket(window_height * window_width), 4), 32)
+def window_block(window_height: int, window_width: int, block_d: int) -> Config:
+    """Tokens of a window and columns at a time; a warp for 1024 elements."""
+    block_t = min(max(bucket(window_height * window_width), 4), 32)
+    return {"BLOCK_T": block_t, "BLOCK_D": block_d, "num_warps": min(max(block_t * block_d // 1024, 1), 8)}
 
 
 def precision(like: Tensor) -> str:
@@ -186,20 +249,9 @@ def precision(like: Tensor) -> str:
     return "tf32x3" if like.dtype == torch.float32 else "tf32"
 
 
+def tuning_key(x: Tensor, w1: Tensor) -> str:
+    return f"{short(x.dtype)} D{w1.shape[1]} H{w1.shape[0]} T{bucket(x.shape[:-1].numel())}"
+
+
 def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
-
-
-def _tiles(like: Tensor) -> tuple[tuple[int, int, int], ...]:
-    return TILES[1:] if like.dtype == torch.float32 else TILES
-
-
-def _step(like: Tensor) -> Config:
-    """Bytes of a row in a stage: 128, the widest swizzle."""
-    return {"BLOCK_K": 32 if like.dtype == torch.float32 else 64, "num_stages": 3}
-
-
-def _space(like: Tensor) -> Iterable[Config]:
-    for m, n, warps in _tiles(like):
-        for stages in (3, 4):
-            yield {"BLOCK_M": m, "BLOCK_N": n, **_step(like), "num_warps": warps, "num_stages": stages}

@@ -28,14 +28,13 @@ def pool_score_gradient_kernel(
     mean = tl.zeros((), tl.float32)
     for start in range(0, rows * cols, BLOCK_T):
         token, live = window_tokens(first, across, rows, cols, start, tokens, BLOCK_T)
-        products = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+        da = tl.zeros((BLOCK_T,), tl.float32)
         for d in range(0, dim, BLOCK_D):
             exists = columns < dim - d
             there = live[:, None] & exists[None, :]
             values = tl.load(x + token[:, None] * dim + (d + columns)[None, :], mask=there, other=0.0)
             gradient = tl.load(dy + window * dim + d + columns, mask=exists, other=0.0).to(tl.float32)
-            products += values.to(tl.float32) * gradient[None, :]
-        da = tl.sum(products, axis=1)
+            da += tl.sum(values.to(tl.float32) * gradient[None, :], axis=1)
         if dweights is not None:
             da += tl.load(dweights + token, mask=live, other=0.0)
         tl.store(ds + token, da, mask=live)

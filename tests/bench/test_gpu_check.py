@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import sys
@@ -14,9 +15,9 @@ import pytest
 import torch
 
 from bench.__main__ import main
-from bench.gpu import check, measure, report
+from bench.gpu import check, measure, report, steps
 from bench.gpu.cases import GPU_CASES, GpuCase, GpuGoal
-from flashsloth_ops import measured
+from flashsloth_ops import backend, measured
 from tests.support import GPU_MARKS
 
 # Stands in for `python -m bench.gpu.steps`: passes, fails, dies, hangs or writes nonsense, by the name of the step.
@@ -159,6 +160,29 @@ def test_providers_compute_the_same(one: GpuCase, monkeypatch: pytest.MonkeyPatc
     assert any(r["ours"] for r in rows)
     named = {peer for goal in one.gpu_goals for peer in goal.peers}
     assert named <= {r["provider"] for r in rows}
+
+
+@pytest.mark.skipif(backend.triton_missing("cpu") is not None, reason=str(backend.triton_missing("cpu")))
+def test_backends_and_compiled_find_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The steps themselves, on kernels under Triton's interpreter; then with a kernel that errs."""
+    monkeypatch.setattr(steps, "DEVICE", "cpu")
+    monkeypatch.setattr(steps, "GPU_CASES", GPU_CASES[:1])
+    found = steps.backends(GPU_CASES[:1], (torch.float32,))
+    assert found.ok
+    assert "cuda: serves bfloat16, float16, got float32" in found.details["not_served"][0]
+    assert steps.compiled(torch.float32).ok
+
+    pool = importlib.import_module("flashsloth_ops.triton.spatial_pool")
+    right = pool.spatial_pool
+
+    def wrong(*args: Any) -> Any:
+        y, *rest = right(*args)
+        return y * 1.01, *rest
+
+    monkeypatch.setattr(pool, "spatial_pool", wrong)
+    found = steps.backends(GPU_CASES[:1], (torch.float32,))
+    assert found.ok is False
+    assert "y: error" in found.details["wrong"]["spatial_pool/b1, flashsloth, triton, float32"]
 
 
 @pytest.mark.parametrize("cycles", [pytest.param(1_000_000, marks=GPU_MARKS)])

@@ -20,10 +20,8 @@ CUDA = ROOT / "csrc" / "cuda"
 LIBRARY = ROOT / "build" / "emulated" / "libflashsloth_emulated.so"
 
 # emulator.h says what each is for; -Wno: what nvcc's language has and C++ has not.
-FLAGS = (
-    "-O2 -DFLASHSLOTH_EMULATE -DFLASHSLOTH_SM90A=1 -fno-strict-aliasing -ftrivial-auto-var-init=pattern "
-    "-Wno-unknown-pragmas -Wno-psabi"
-)
+FLAGS = "-O2 -DFLASHSLOTH_EMULATE -DFLASHSLOTH_SM90A=1 -fno-strict-aliasing -Wno-unknown-pragmas -Wno-psabi"
+FILL_LOCALS = "-ftrivial-auto-var-init=pattern"
 
 
 @functools.cache
@@ -34,6 +32,13 @@ def setup_py() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@functools.cache
+def compiler_flags(compiler: str) -> str:
+    """FLAGS, and FILL_LOCALS unless the compiler is too old for it (g++ before 12)."""
+    tried = subprocess.run([compiler, FILL_LOCALS, "-E", "-x", "c++", "/dev/null"], capture_output=True)
+    return FLAGS if tried.returncode else f"{FLAGS} {FILL_LOCALS}"
 
 
 def build(library: Path, kernels: Sequence[Path], bindings: Sequence[Path] = ()) -> None:
@@ -47,13 +52,15 @@ def build(library: Path, kernels: Sequence[Path], bindings: Sequence[Path] = ())
     headers, _ = setup.cuda_flags()
     torch_dir = Path(torch.__file__).parent
     folders = " ".join(f"-I{setup._shell(folder)}" for folder in (ROOT / "csrc", CUDA, EMULATOR))
-    file = setup.NinjaFile(library.parent, setup.compiler())
+    compiler = setup.compiler()
+    flags = compiler_flags(compiler)
+    file = setup.NinjaFile(library.parent, compiler)
     for source in kernels:
         forced = setup._shell(EMULATOR / "emulator.h")
-        file.compile("cxx", source, f"{FLAGS} {folders} {headers} -include {forced} -x c++")
+        file.compile("cxx", source, f"{flags} {folders} {headers} -include {forced} -x c++")
     for source in bindings:
-        file.compile("cxx", source, f"{FLAGS} -O1 {setup.torch_flags(torch_dir)} {headers}")
-    file.compile("cxx", EMULATOR / "emulator.cpp", f"{FLAGS} {folders} {headers}")
+        file.compile("cxx", source, f"{flags} -O1 {setup.torch_flags(torch_dir)} {headers}")
+    file.compile("cxx", EMULATOR / "emulator.cpp", f"{flags} {folders} {headers}")
     _link(file, library, f"-L{setup._shell(torch_dir / 'lib')} -ltorch_cpu" if bindings else "")
 
 

@@ -227,6 +227,42 @@ const Registered run_pipeline("pipeline", [](const Arguments& in) {
                 in.array<float>(1), in.numbers[0]);
 });
 
+// Threads hand their numbers to the next one, round after round, through one buffer: a barrier after the write and one
+// after the read, of the block or, in a block of one warp, of the warp. Leaving one out is a race.
+enum class Leave { nothing, after_write, after_read };
+
+template <Leave Out>
+__global__ void hand_on(float* out, const float* in, int rounds) {
+  auto* buffer = reinterpret_cast<float*>(dynamic_shared());
+  const unsigned thread = threadIdx.x, next = (thread + 1) % blockDim.x;
+  const auto barrier = [] {
+    if (blockDim.x == 32) {
+      __syncwarp();
+    } else {
+      __syncthreads();
+    }
+  };
+  float x = in[thread];
+  for (int round = 0; round < rounds; ++round) {
+    buffer[next] = x;
+    if constexpr (Out != Leave::after_write) barrier();
+    x = buffer[thread];
+    if constexpr (Out != Leave::after_read) barrier();
+  }
+  out[thread] = x;
+}
+
+template <Leave Out>
+void run_hand_on(const Arguments& in) {
+  const auto threads = static_cast<unsigned>(in.numbers[0]);
+  launch_kernel("hand_on", hand_on<Out>, {.grid = {1}, .block = {threads}, .shared_bytes = threads * sizeof(float)},
+                in.array<float>(0), in.array<float>(1), in.numbers[1]);
+}
+
+const Registered hand_on_right("hand_on", run_hand_on<Leave::nothing>);
+const Registered hand_on_write("hand_on_no_barrier_after_write", run_hand_on<Leave::after_write>);
+const Registered hand_on_read("hand_on_no_barrier_after_read", run_hand_on<Leave::after_read>);
+
 // Two launches, the second of which may start before the first has ended.
 __global__ void add_one(float* out, const float* in) {
   const unsigned i = blockIdx.x * blockDim.x + threadIdx.x;

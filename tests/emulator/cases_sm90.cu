@@ -245,12 +245,23 @@ const Registered run_refused("refused_map", [](const Arguments& in) {
 // ---- What is wrong, and must be said ----
 
 #if defined(FLASHSLOTH_EMULATE)  // a GPU would not survive them
-enum Mistake { uninitialised, too_many, no_cluster_sync, ended, under_way, unaligned, never_comes, unread };
+enum Mistake {
+  uninitialised,
+  too_many,
+  no_cluster_sync,
+  ended,
+  under_way,
+  unaligned,
+  never_comes,
+  unread,
+  unfenced,
+};
 
 __global__ void wrong_hopper(int mistake, const __grid_constant__ CUtensorMap map) {
   const uint32_t memory = shared_address(dynamic_shared()), barrier = memory + 1024;
   const bool first = threadIdx.x == 0;
   if (first && mistake != uninitialised) mbarrier_init(barrier, 1);
+  if (first && mistake != unfenced) mbarrier_init_fence();
   if (mistake != no_cluster_sync) cluster_sync();
   if (!first) return;
   switch (mistake) {
@@ -278,6 +289,7 @@ __global__ void wrong_hopper(int mistake, const __grid_constant__ CUtensorMap ma
       tma_load(memory, map, barrier, 0, 0);
       mbarrier_wait(barrier, 0);
       break;
+    case unfenced: tma_load(memory, map, barrier, 0, 0); break;
     case unread:
       tma_store(map, memory, 0, 0);
       bulk_commit();
@@ -285,6 +297,17 @@ __global__ void wrong_hopper(int mistake, const __grid_constant__ CUtensorMap ma
     default: break;
   }
 }
+
+__global__ void too_many_registers(int) { increase_registers<240>(); }
+
+const Registered run_registers("too_many_registers", [](const Arguments& in) {
+  launch_kernel("too_many_registers", too_many_registers, {.grid = {1}, .block = {384}}, in.numbers[0]);
+});
+
+const Registered run_no_wait("overlap_without_wait", [](const Arguments&) {
+  launch_kernel("overlap_without_wait", wrong_hopper,
+                {.grid = {1}, .block = {32}, .shared_bytes = 2048, .overlap_previous = true}, -1, CUtensorMap{});
+});
 
 const Registered run_wrong("wrong_hopper", [](const Arguments& in) {
   const CUtensorMap map = tensor_map<float, 2>(in.array<float>(0), {8, 32}, {32}, {8, 32}, Swizzle::none);

@@ -117,11 +117,12 @@ const bool registered = [] {
 }();
 
 #if defined(FLASHSLOTH_EMULATE)  // a GPU would give any numbers
-enum Mistake { no_wait, no_fence, too_far };
+enum Mistake { no_wait, no_proxy_fence, no_fence, too_far };
 
 __global__ void wrong_wgmma(float* out, int mistake) {
   auto* memory = reinterpret_cast<uint32_t*>(dynamic_shared());
   for (uint32_t i = threadIdx.x; i < 2048; i += 128) memory[i] = 0;
+  if (mistake != no_proxy_fence) fence_proxy_async();
   __syncthreads();
   const uint64_t operand =
       wgmma_descriptor(shared_address(memory), Swizzle::bytes128, 0, mistake == too_far ? 2048 : 1024);
@@ -131,6 +132,7 @@ __global__ void wrong_wgmma(float* out, int mistake) {
   wgmma_commit();
   if (mistake == no_wait) out[threadIdx.x] = d[0];
   wgmma_wait<0>();
+  if (mistake != no_wait) out[threadIdx.x] = d[0];
 }
 
 const Registered run_wrong("wrong_wgmma", [](const Arguments& in) {

@@ -15,7 +15,7 @@ void check_finished(Thread& thread) {
   if (thread.copies_landed < thread.copies.size() && thread.copies_watched == 0)
     fail("ended with cp_async copies that it never waited for");
   if (thread.stores_read < thread.stores.size()) fail("ended with bulk stores that still read its shared memory");
-  if (!thread.products.empty() || !thread.product_groups.empty())
+  if (!thread.products.empty() || !thread.groups.waiting.empty())
     fail("ended with wgmma products that it never waited for");
   for (; thread.stores_written < thread.stores.size(); ++thread.stores_written)
     thread.stores[thread.stores_written].write();

@@ -18,11 +18,12 @@
 //     load_acquire: then as many join as a GPU holds at once.
 //   * Asynchronous work lands as late as the rules allow: cp_async at its wait, TMA when nobody can run without it,
 //     wgmma at its wait, which is also when it reads shared memory. Until then the destination holds NaN.
+//   * wgmma and TMA see ordinary stores to shared memory only once a fence_proxy_async came between.
 //   * Shared memory starts as NaN, local variables (by the compiler's flag above) as -1.7e38.
 //   * FLASHSLOTH_EMULATE_ARCH=80 is an A100: the instructions of sm_90 are errors. Default: 90, an H200.
 //
 // What it cannot see: global accesses out of bounds, plain loads and stores to shared memory between barriers (but
-// a write past its end is found when the block ends), a missing fence_proxy_async, bank conflicts, time.
+// a write past its end is found when the block ends), bank conflicts, spilled registers, time.
 // Kernels wait for each other through load_acquire and mbarrier waits alone: a loop on a volatile never yields here.
 //
 // An error makes the launch fail with cudaErrorLaunchFailure and its text, naming block and thread, is what

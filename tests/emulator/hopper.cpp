@@ -32,6 +32,13 @@ MBarrier& mbarrier_at(Block& block, uint32_t address, const char* what) {
   return found->second;
 }
 
+MBarrier& visible_mbarrier_at(Block& block, uint32_t address, const char* what) {
+  MBarrier& barrier = mbarrier_at(block, address, what);
+  if (!barrier.visible)
+    fail("%s: no mbarrier_init_fence since the mbarrier at shared address %u was made", what, address);
+  return barrier;
+}
+
 void mbarrier_count(MBarrier& barrier, uint32_t arrivals, int64_t expected_bytes, int64_t bytes_came) {
   if (barrier.pending < arrivals) fail("mbarrier: more arrivals than the %u it was made for", barrier.expected);
   barrier.pending -= arrivals;
@@ -71,6 +78,23 @@ void mbarrier_init(uint32_t barrier, uint32_t count) {
   state.expected = state.pending = count;
 }
 
+void mbarrier_init_fence() {
+  for (auto& [address, barrier] : self().in->mbarriers) barrier.visible = true;
+}
+
+void fence_proxy_async() {
+  machine().require(90, "fence_proxy_async");
+  self().in->proxy_fenced = true;
+  mbarrier_init_fence();
+}
+
+void set_registers(const char* what, int registers) {
+  machine().require(90, what);
+  warpgroup_collective(what, registers, [](const std::vector<Thread*>& threads, int count) {
+    threads[0]->in->warpgroups[threads[0]->rank / 128].registers = count;
+  });
+}
+
 void mbarrier_arrive(uint32_t barrier) { mbarrier_count(mbarrier_at(*self().in, barrier, "mbarrier_arrive"), 1, 0, 0); }
 
 void mbarrier_arrive_expect_tx(uint32_t barrier, uint32_t bytes) {
@@ -79,7 +103,7 @@ void mbarrier_arrive_expect_tx(uint32_t barrier, uint32_t bytes) {
 
 void mbarrier_arrive_cluster(uint32_t barrier) {
   Block& block = block_of(barrier, "mbarrier_arrive_cluster");
-  mbarrier_count(mbarrier_at(block, barrier & kOffsetMask, "mbarrier_arrive_cluster"), 1, 0, 0);
+  mbarrier_count(visible_mbarrier_at(block, barrier & kOffsetMask, "mbarrier_arrive_cluster"), 1, 0, 0);
 }
 
 void cp_async_mbarrier_arrive(uint32_t barrier) {

@@ -4,23 +4,27 @@
 namespace flashsloth::cuda {
 
 void mbarrier_init(uint32_t barrier, uint32_t count);
-inline void mbarrier_init_fence() {}
+void mbarrier_init_fence();
 void mbarrier_arrive(uint32_t barrier);
 void mbarrier_arrive_expect_tx(uint32_t barrier, uint32_t bytes);
 void mbarrier_arrive_cluster(uint32_t barrier);
+inline void mbarrier_arrive_cluster_relaxed(uint32_t barrier) { mbarrier_arrive_cluster(barrier); }
 void cp_async_mbarrier_arrive(uint32_t barrier);
 bool mbarrier_try_wait(uint32_t barrier, uint32_t parity);
 void mbarrier_wait(uint32_t barrier, uint32_t parity);
 inline void mbarrier_wait_cluster(uint32_t barrier, uint32_t parity) { mbarrier_wait(barrier, parity); }
-inline void fence_proxy_async() {}
+void fence_proxy_async();
 
+void set_registers(const char* what, int registers);
 template <int N>
 void decrease_registers() {
   static_assert(N % 8 == 0 && N >= 24 && N <= 256, "setmaxnreg takes a multiple of 8 from 24 to 256");
+  set_registers("decrease_registers", N);
 }
 template <int N>
 void increase_registers() {
   static_assert(N % 8 == 0 && N >= 24 && N <= 256, "setmaxnreg takes a multiple of 8 from 24 to 256");
+  set_registers("increase_registers", N);
 }
 
 void bulk_load(uint32_t shared, const void* global, uint32_t bytes, uint32_t barrier);

@@ -45,8 +45,8 @@ void add_release(uint32_t* counter, uint32_t value);
 void named_barrier_sync(uint32_t id, uint32_t threads);
 void named_barrier_arrive(uint32_t id, uint32_t threads);
 
-// Launches run one after the other.
-inline void grid_dependency_wait() {}
+// Launches run one after the other; but one that may overlap the launch before it must wait for that somewhere.
+void grid_dependency_wait();
 inline void grid_dependency_launch() {}
 
 }  // namespace flashsloth::cuda

@@ -80,6 +80,15 @@ struct Accumulator {
   int products = 0;  // not yet done
 };
 
+// Groups of products of a thread: those committed and not yet waited for, and how many were waited for before.
+struct WgmmaGroups {
+  std::deque<std::vector<Wgmma>> waiting;
+  size_t delivered = 0;
+
+  size_t committed() const { return delivered + waiting.size(); }
+  std::vector<Wgmma>& group(size_t index) { return waiting.at(index - delivered); }
+};
+
 // ---- Barriers ----
 
 struct MBarrier {
@@ -90,7 +99,8 @@ struct MBarrier {
     uint32_t parity;
   };
   std::vector<Waiter> waiters;
-  int polling = 0;  // threads in a loop of try_wait
+  int polling = 0;       // threads in a loop of try_wait
+  bool visible = false;  // to TMA and to the cluster: fenced since its initialisation
 };
 
 struct NamedBarrier {
@@ -136,7 +146,7 @@ struct Thread {
 
   bool wgmma_fenced = false;
   std::vector<Wgmma> products;
-  std::deque<std::vector<Wgmma>> product_groups;
+  WgmmaGroups groups;
   std::unordered_map<float*, Accumulator> accumulators;
 
   unsigned lane() const { return rank % 32; }
@@ -151,6 +161,9 @@ struct Warpgroup {
   const char* what = nullptr;
   int parameter = 0;
   std::vector<Thread*> arrived;
+  size_t groups_done = 0;                           // of wgmma products
+  std::vector<std::pair<Thread*, size_t>> waiting;  // for that many groups to be committed by all
+  int registers = 0;                                // what decrease_registers or increase_registers left each thread
 };
 
 // The shared memory of a block begins at this shared address, as it does on sm_90, whose first KiB is the system's.
@@ -166,6 +179,8 @@ struct Block {
   std::vector<Warpgroup> warpgroups;
   unsigned warps_ready = 0, current_warp = 0, live = 0;
   char* shared = nullptr;
+  char* proxy = nullptr;  // what wgmma and TMA see of it: ordinary stores arrive here by fence_proxy_async
+  bool proxy_fenced = false;
   uint32_t shared_bytes = 0;
   std::array<NamedBarrier, 16> barriers;
   std::unordered_map<uint32_t, MBarrier> mbarriers;
@@ -190,7 +205,8 @@ class Machine {
     return machine;
   }
 
-  void run(const cudaLaunchConfig_t& config, dim3 cluster, void (*body)(const void*), const void* arguments);
+  void run(const cudaLaunchConfig_t& config, dim3 cluster, bool overlaps, void (*body)(const void*),
+           const void* arguments);
 
   Thread* current = nullptr;
 
@@ -198,11 +214,14 @@ class Machine {
   void wait(const char* at);
   void spin(const char* at, MBarrier* polled = nullptr);
   void wake(Thread* thread);
-  // Something happened that another thread may have waited for.
-  void progress() { idle_rounds_ = 0; }
+  // Something happened that another thread may have waited for; or a thread in a loop looked at something new.
+  void progress() { idle_rounds_ = repeated_rounds_ = 0; }
+  void looked_elsewhere() { repeated_rounds_ = 0; }
 
   void add_copy(PendingCopy copy);
   bool shuffled() const { return seed_ != 0; }
+  // Somebody waited for the launches before this one.
+  void dependency_waited() { dependency_waited_ = true; }
 
   void require(int compute_capability, const char* what) const {
     if (Architecture::get().compute_capability < compute_capability)
@@ -217,6 +236,7 @@ class Machine {
   void leave();
   void admit();
   void retire();
+  void inspect(Block& block) const;
   void unstick();
   bool land_one();
   Thread* pick();
@@ -238,7 +258,8 @@ class Machine {
   Block* current_block_ = nullptr;
   std::deque<PendingCopy> pending_;
   std::vector<Thread*> spinning_;
-  int idle_rounds_ = 0;
+  int idle_rounds_ = 0, repeated_rounds_ = 0;  // in which threads only polled; and polled the same in vain
+  bool dependency_waited_ = false;
   uint64_t seed_ = 0;
   std::mt19937_64 random_;
   std::exception_ptr error_;
@@ -259,11 +280,16 @@ inline char* shared_bytes(uint32_t address, uint32_t bytes, uint32_t alignment, 
   return shared_bytes(*self().in, address, bytes, alignment, what);
 }
 
+// The same bytes as wgmma and TMA read them; and what they write, which everybody sees.
+const char* proxy_bytes(Block& block, uint32_t address, uint32_t bytes, uint32_t alignment, const char* what);
+void proxy_write(Block& block, uint32_t address, const void* from, uint32_t bytes);
+
 // The common instruction of a warpgroup: the last thread to come runs `finish`.
 void warpgroup_collective(const char* what, int parameter, void (*finish)(const std::vector<Thread*>&, int));
 
 // mbarrier arithmetic, on the barrier of any block.
 MBarrier& mbarrier_at(Block& block, uint32_t address, const char* what);
+MBarrier& visible_mbarrier_at(Block& block, uint32_t address, const char* what);
 void mbarrier_count(MBarrier& barrier, uint32_t arrivals, int64_t expected_bytes, int64_t bytes_came);
 
 // Barriers count the threads that are left.

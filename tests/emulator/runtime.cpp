@@ -23,17 +23,21 @@ cudaError_t launch(const cudaLaunchConfig_t& config, const void* function, void 
                    const void* arguments) noexcept {
   const std::lock_guard<std::mutex> lock(one_launch);
   dim3 cluster = {1, 1, 1};
-  for (unsigned i = 0; i < config.numAttrs; ++i)
+  bool overlaps = false;
+  for (unsigned i = 0; i < config.numAttrs; ++i) {
     if (config.attrs[i].id == cudaLaunchAttributeClusterDimension) {
       const auto& size = config.attrs[i].val.clusterDim;
       cluster = {size.x, size.y, size.z};
     }
+    if (config.attrs[i].id == cudaLaunchAttributeProgrammaticStreamSerialization)
+      overlaps = config.attrs[i].val.programmaticStreamSerializationAllowed != 0;
+  }
   constexpr size_t kWithoutAsking = 48 * 1024;
   const auto allowed = allowed_shared_bytes().find(function);
   const size_t limit = allowed == allowed_shared_bytes().end() ? kWithoutAsking : static_cast<size_t>(allowed->second);
   if (config.dynamicSmemBytes > std::max(kWithoutAsking, limit)) return remember(cudaErrorInvalidValue);
   try {
-    machine().run(config, cluster, body, arguments);
+    machine().run(config, cluster, overlaps, body, arguments);
   } catch (const std::exception& error) {
     failure = error.what();
     return remember(cudaErrorLaunchFailure);

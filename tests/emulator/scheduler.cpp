@@ -119,7 +119,8 @@ void Machine::enter() {
 
 // ---- Launch ----
 
-void Machine::run(const cudaLaunchConfig_t& config, dim3 cluster, void (*body)(const void*), const void* arguments) {
+void Machine::run(const cudaLaunchConfig_t& config, dim3 cluster, bool overlaps, void (*body)(const void*),
+                  const void* arguments) {
   const char* seed = std::getenv("FLASHSLOTH_EMULATE_SEED");
   seed_ = seed == nullptr ? 0 : std::strtoull(seed, nullptr, 10);
   random_.seed(seed_);
@@ -143,7 +144,8 @@ void Machine::run(const cudaLaunchConfig_t& config, dim3 cluster, void (*body)(c
       static_cast<size_t>(gpu.resident_blocks(threads, shared_bytes_)) * static_cast<size_t>(gpu.multiprocessors);
   resident_limit_ = std::max<size_t>(1, blocks / per_cluster);
   admitted_ = 0;
-  idle_rounds_ = 0;
+  progress();
+  dependency_waited_ = false;
   error_ = nullptr;
 
   try {
@@ -159,6 +161,8 @@ void Machine::run(const cudaLaunchConfig_t& config, dim3 cluster, void (*body)(c
       retire();
       if (!resident_.empty() && pick() == nullptr) unstick();
     }
+    if (overlaps && !dependency_waited_)
+      throw std::runtime_error("launched to overlap the kernel before it, but nobody called grid_dependency_wait");
   } catch (...) {
     clear();
     throw;
@@ -182,8 +186,10 @@ void Machine::admit() {
         block->shared_bytes = shared_bytes_;
         const size_t bytes = (shared_bytes_ + kRedZone + 1023) / 1024 * 1024;
         block->shared = static_cast<char*>(std::aligned_alloc(1024, bytes));
-        if (block->shared == nullptr) throw std::bad_alloc();
+        block->proxy = static_cast<char*>(std::malloc(bytes));
+        if (block->shared == nullptr || block->proxy == nullptr) throw std::bad_alloc();
         std::memset(block->shared, kPoison, bytes);
+        std::memset(block->proxy, kPoison, bytes);
         block->threads.resize(threads);
         block->warps.resize((threads + 31) / 32);
         block->warpgroups.resize((threads + 127) / 128);
@@ -220,7 +226,24 @@ void Machine::finish(Thread* thread) {
   progress();
 }
 
-// Takes away clusters that are done, after a look at what they left.
+// What a block may not leave behind.
+void Machine::inspect(Block& block) const {
+  const std::string where = "block " + name(block.threads[0].block) + ": ";
+  if (block.copies_pending > 0)
+    throw std::runtime_error(where + "ended while a copy to its shared memory was under way");
+  for (uint32_t byte = 0; byte < kRedZone / 2; ++byte)
+    if (static_cast<unsigned char>(block.shared[block.shared_bytes + byte]) != kPoison)
+      throw std::runtime_error(where + "wrote " + std::to_string(byte) + " bytes past the end of its " +
+                               std::to_string(block.shared_bytes) + " bytes of shared memory");
+  const int pool = 65536 / 128;
+  int wanted = 0;
+  for (const Warpgroup& group : block.warpgroups) wanted += group.registers;
+  if (wanted > pool)
+    throw std::runtime_error(where + "increase_registers waits forever: its warpgroups want " + std::to_string(wanted) +
+                             " registers for each of 128 threads, there are " + std::to_string(pool));
+}
+
+// Takes away clusters that are done.
 void Machine::retire() {
   for (size_t i = 0; i < resident_.size();) {
     Cluster& cluster = *resident_[i];
@@ -229,15 +252,10 @@ void Machine::retire() {
       continue;
     }
     for (const auto& block : cluster.blocks) {
-      const std::string where = "block " + name(block->threads[0].block) + ": ";
-      if (block->copies_pending > 0)
-        throw std::runtime_error(where + "ended while a copy to its shared memory was under way");
-      for (uint32_t byte = 0; byte < kRedZone / 2; ++byte)
-        if (static_cast<unsigned char>(block->shared[block->shared_bytes + byte]) != kPoison)
-          throw std::runtime_error(where + "wrote " + std::to_string(byte) + " bytes past the end of its " +
-                                   std::to_string(block->shared_bytes) + " bytes of shared memory");
+      inspect(*block);
       for (Thread& thread : block->threads) stacks_.give_back(thread.stack);
       std::free(block->shared);
+      std::free(block->proxy);
       blocks_.erase(std::find(blocks_.begin(), blocks_.end(), block.get()));
     }
     if (current_block_ != nullptr && current_block_->cluster == &cluster) current_block_ = nullptr;
@@ -253,6 +271,7 @@ void Machine::clear() {
       for (Thread& thread : block->threads)
         if (thread.stack != nullptr) stacks_.give_back(thread.stack);
       std::free(block->shared);
+      std::free(block->proxy);
     }
   resident_.clear();
   blocks_.clear();
@@ -288,7 +307,7 @@ bool Machine::land_one() {
 }
 
 void Machine::unstick() {
-  constexpr int kRoundsBeforeMoreBlocks = 2, kRoundsBeforeDeadlock = 64;
+  constexpr int kRoundsBeforeMoreBlocks = 2, kRepeatedBeforeDeadlock = 64, kRoundsBeforeDeadlock = 100000;
   if (land_one()) {
     // A landing that completed nothing is followed by the next.
   } else if (!spinning_.empty() && idle_rounds_ >= kRoundsBeforeMoreBlocks && admitted_ < order_.size() &&
@@ -297,10 +316,12 @@ void Machine::unstick() {
     const size_t more = std::min({resident_.size(), resident_limit_ - resident_.size(), order_.size() - admitted_});
     for (size_t i = 0; i < more; ++i) admit();
     return;
-  } else if (spinning_.empty() || idle_rounds_ >= kRoundsBeforeDeadlock) {
+  } else if (spinning_.empty() || repeated_rounds_ >= kRepeatedBeforeDeadlock ||
+             idle_rounds_ >= kRoundsBeforeDeadlock) {
     throw std::runtime_error(deadlock());
   } else {
     ++idle_rounds_;
+    ++repeated_rounds_;
   }
   for (Thread* thread : spinning_) wake(thread);
   spinning_.clear();

@@ -106,7 +106,9 @@ static void for_chunks(const TensorMap& map, uint32_t shared, const std::array<i
 }
 
 static void poison(Block& block, uint32_t shared, uint32_t bytes, const char* what) {
-  std::memset(shared_bytes(block, shared, bytes, 16, what), kPoison, bytes);
+  shared_bytes(block, shared, bytes, 16, what);
+  const std::vector<char> nothing(bytes, static_cast<char>(kPoison));
+  proxy_write(block, shared, nothing.data(), bytes);
 }
 
 static void load_box(Block& block, uint32_t shared, const CUtensorMap& encoded, uint32_t barrier, int rank,
@@ -115,15 +117,11 @@ static void load_box(Block& block, uint32_t shared, const CUtensorMap& encoded, 
   const uint32_t bytes = box_bytes(map);
   if (shared % 128 != 0) fail("%s: shared address %u is not a multiple of 128", what, shared);
   poison(block, shared, bytes, what);
-  mbarrier_at(block, barrier, what);
+  visible_mbarrier_at(block, barrier, what);
   machine().add_copy({&block, barrier, [&block, shared, map, barrier, at, bytes, what] {
                         for_chunks(map, shared, at, [&](uint32_t to, const char* from) {
-                          char* place = block.shared + (to - kSharedBase);
-                          if (from != nullptr) {
-                            std::memcpy(place, from, map.element_bytes);
-                          } else {
-                            std::memset(place, 0, map.element_bytes);
-                          }
+                          static constexpr char kZero[4] = {};
+                          proxy_write(block, to, from != nullptr ? from : kZero, map.element_bytes);
                         });
                         mbarrier_count(mbarrier_at(block, barrier, what), 0, 0, bytes);
                       }});
@@ -138,7 +136,7 @@ static void store_box(const CUtensorMap& encoded, uint32_t shared, int rank, con
   shared_bytes(shared, bytes, 128, what);
   auto data = std::make_shared<std::vector<char>>();
   self().stores.push_back({[&block, shared, bytes, data] {
-                             const char* from = block.shared + (shared - kSharedBase);
+                             const char* from = proxy_bytes(block, shared, bytes, 16, "tma_store");
                              data->assign(from, from + bytes);
                            },
                            [map, shared, at, data] {
@@ -160,9 +158,9 @@ void bulk_load(uint32_t shared, const void* global, uint32_t bytes, uint32_t bar
     fail("bulk_load: %u bytes from %p: both are multiples of 16", bytes, global);
   Block& block = *self().in;
   poison(block, shared, bytes, "bulk_load");
-  mbarrier_at(block, barrier, "bulk_load");
+  visible_mbarrier_at(block, barrier, "bulk_load");
   machine().add_copy({&block, barrier, [&block, shared, global, bytes, barrier] {
-                        std::memcpy(block.shared + (shared - kSharedBase), global, bytes);
+                        proxy_write(block, shared, global, bytes);
                         mbarrier_count(mbarrier_at(block, barrier, "bulk_load"), 0, 0, bytes);
                       }});
 }
@@ -171,9 +169,13 @@ void bulk_store(void* global, uint32_t shared, uint32_t bytes) {
   machine().require(90, "bulk_store");
   if (bytes == 0 || bytes % 16 != 0 || reinterpret_cast<uintptr_t>(global) % 16 != 0)
     fail("bulk_store: %u bytes to %p: both are multiples of 16", bytes, global);
-  const char* from = shared_bytes(shared, bytes, 16, "bulk_store");
+  Block& block = *self().in;
+  shared_bytes(shared, bytes, 16, "bulk_store");
   auto data = std::make_shared<std::vector<char>>();
-  self().stores.push_back({[from, bytes, data] { data->assign(from, from + bytes); },
+  self().stores.push_back({[&block, shared, bytes, data] {
+                             const char* from = proxy_bytes(block, shared, bytes, 16, "bulk_store");
+                             data->assign(from, from + bytes);
+                           },
                            [global, bytes, data] { std::memcpy(global, data->data(), bytes); }});
 }
 

@@ -15,6 +15,18 @@ char* shared_bytes(Block& block, uint32_t address, uint32_t bytes, uint32_t alig
   return block.shared + (address - kSharedBase);
 }
 
+const char* proxy_bytes(Block& block, uint32_t address, uint32_t bytes, uint32_t alignment, const char* what) {
+  const std::ptrdiff_t offset = shared_bytes(block, address, bytes, alignment, what) - block.shared;
+  if (block.proxy_fenced) std::memcpy(block.proxy, block.shared, block.shared_bytes);
+  block.proxy_fenced = false;
+  return block.proxy + offset;
+}
+
+void proxy_write(Block& block, uint32_t address, const void* from, uint32_t bytes) {
+  std::memcpy(block.shared + (address - kSharedBase), from, bytes);
+  std::memcpy(block.proxy + (address - kSharedBase), from, bytes);
+}
+
 float half_to_float(uint16_t bits) {
   // Exponent and mantissa shifted into place, then rescaled: exact for normal and subnormal numbers.
   float out = bit_cast<float>(static_cast<uint32_t>(bits & 0x7FFFu) << 13) * 0x1p112f;
@@ -187,6 +199,8 @@ void cp_async_wait_pending(int pending) {
   thread.copy_groups.erase(thread.copy_groups.begin(), thread.copy_groups.begin() + static_cast<std::ptrdiff_t>(done));
 }
 
+void grid_dependency_wait() { machine().dependency_waited(); }
+
 uint4 load_streaming16(const void* global) {
   if (reinterpret_cast<uintptr_t>(global) % 16 != 0)
     fail("load_streaming16: address %p is not a multiple of 16", global);
@@ -205,7 +219,7 @@ uint32_t load_acquire(const uint32_t* counter) {
   machine().spin("load_acquire");
   Thread& thread = self();
   const uint32_t value = *static_cast<const volatile uint32_t*>(counter);
-  if (thread.acquired != counter || thread.acquired_value != value) machine().progress();
+  if (thread.acquired != counter || thread.acquired_value != value) machine().looked_elsewhere();
   thread.acquired = counter;
   thread.acquired_value = value;
   return value;

@@ -44,21 +44,21 @@ void gather(Block& block, const Descriptor& descriptor, bool is_bf16, uint32_t r
   if (descriptor.mn_major) {
     for (uint32_t k = 0; k < 16; ++k)
       for (uint32_t mn = 0; mn < rows; mn += 8) {
-        std::memcpy(chunk, shared_bytes(block, descriptor.chunk(mn, k), 16, 16, what), 16);
+        std::memcpy(chunk, proxy_bytes(block, descriptor.chunk(mn, k), 16, 16, what), 16);
         for (uint32_t i = 0; i < 8; ++i) out[k * rows + mn + i] = element_to_float(chunk[i], is_bf16);
       }
   } else {
     for (uint32_t mn = 0; mn < rows; ++mn)
       for (uint32_t k = 0; k < 16; k += 8) {
-        std::memcpy(chunk, shared_bytes(block, descriptor.chunk(mn, k), 16, 16, what), 16);
+        std::memcpy(chunk, proxy_bytes(block, descriptor.chunk(mn, k), 16, 16, what), 16);
         for (uint32_t i = 0; i < 8; ++i) out[(k + i) * rows + mn] = element_to_float(chunk[i], is_bf16);
       }
   }
 }
 
-void multiply(const std::vector<Thread*>& threads, size_t group, size_t index) {
-  const Wgmma& first = threads[0]->product_groups[group][index];
-  Block& block = *threads[0]->in;
+void multiply(Thread* threads, size_t group, size_t index) {
+  const Wgmma& first = threads[0].groups.group(group)[index];
+  Block& block = *threads[0].in;
   const auto n = static_cast<uint32_t>(first.registers) * 2;
   std::vector<float> a(16 * 64), b(16 * n), d(64 * n);
   gather(block, Descriptor(first.b_descriptor, first.b_mn_major), first.bf16, n, b.data(), "wgmma, operand B");
@@ -66,7 +66,7 @@ void multiply(const std::vector<Thread*>& threads, size_t group, size_t index) {
     gather(block, Descriptor(first.a_descriptor, first.a_mn_major), first.bf16, 64, a.data(), "wgmma, operand A");
 
   for (uint32_t thread = 0; thread < 128; ++thread) {
-    const Wgmma& own = threads[thread]->product_groups[group][index];
+    const Wgmma& own = threads[thread].groups.group(group)[index];
     if (own.registers != first.registers || own.a_descriptor != first.a_descriptor ||
         own.b_descriptor != first.b_descriptor || own.accumulate != first.accumulate || own.bf16 != first.bf16 ||
         own.a_in_registers != first.a_in_registers || own.a_mn_major != first.a_mn_major ||
@@ -78,7 +78,7 @@ void multiply(const std::vector<Thread*>& threads, size_t group, size_t index) {
         for (uint32_t half = 0; half < 2; ++half)
           a[(column + i / 2 * 8 + half) * 64 + row + i % 2 * 8] =
               element_to_float(static_cast<uint16_t>(own.a[i] >> 16 * half), own.bf16);
-    const std::vector<float>& values = threads[thread]->accumulators.at(own.d).values;
+    const std::vector<float>& values = threads[thread].accumulators.at(own.d).values;
     for (uint32_t i = 0; i < n / 2; ++i)
       d[(row + i % 4 / 2 * 8) * n + i / 4 * 8 + column + i % 2] = own.accumulate ? values[i] : 0.0f;
   }
@@ -88,32 +88,46 @@ void multiply(const std::vector<Thread*>& threads, size_t group, size_t index) {
       for (uint32_t j = 0; j < n; ++j) d[m * n + j] += factor * b[k * n + j];
     }
   for (uint32_t thread = 0; thread < 128; ++thread) {
-    Wgmma& own = threads[thread]->product_groups[group][index];
+    Wgmma& own = threads[thread].groups.group(group)[index];
     const uint32_t row = thread / 32 * 16 + thread % 32 / 4, column = thread % 4 * 2;
-    const auto found = threads[thread]->accumulators.find(own.d);
+    const auto found = threads[thread].accumulators.find(own.d);
     for (uint32_t i = 0; i < n / 2; ++i)
       found->second.values[i] = d[(row + i % 4 / 2 * 8) * n + i / 4 * 8 + column + i % 2];
-    if (--found->second.products > 0) continue;
-    std::copy(found->second.values.begin(), found->second.values.end(), own.d);
-    threads[thread]->accumulators.erase(found);
+    --found->second.products;
   }
 }
 
-void finish_wait(const std::vector<Thread*>& threads, int pending) {
-  const size_t groups = threads[0]->product_groups.size();
-  for (Thread* thread : threads)
-    if (thread->product_groups.size() != groups) fail("wgmma_wait: threads of the warpgroup committed differently");
-  const size_t done = groups > static_cast<size_t>(pending) ? groups - static_cast<size_t>(pending) : 0;
-  for (size_t group = 0; group < done; ++group) {
-    const size_t products = threads[0]->product_groups[group].size();
-    for (Thread* thread : threads)
-      if (thread->product_groups[group].size() != products)
-        fail("wgmma_wait: threads of the warpgroup issued different products");
-    for (size_t index = 0; index < products; ++index) multiply(threads, group, index);
+// A product is one instruction of four warps: it is done when all of them have issued it and the first waits, and is
+// then done for all, operands read; but no warp waits for another's wait.
+void execute(Thread* threads, size_t group) {
+  const size_t products = threads[0].groups.group(group).size();
+  for (size_t thread = 1; thread < 128; ++thread)
+    if (threads[thread].groups.group(group).size() != products)
+      fail("wgmma: threads 0 and %zu of the warpgroup issued different products", thread);
+  for (size_t index = 0; index < products; ++index) multiply(threads, group, index);
+}
+
+bool all_committed(const Thread* threads, size_t groups) {
+  return std::all_of(threads, threads + 128, [&](const Thread& t) { return t.groups.committed() >= groups; });
+}
+
+// Results reach the registers of the thread that waited.
+void deliver(Thread& thread, size_t groups) {
+  for (; thread.groups.delivered < groups; ++thread.groups.delivered) {
+    for (const Wgmma& product : thread.groups.waiting.front()) {
+      const auto found = thread.accumulators.find(product.d);
+      if (found == thread.accumulators.end() || found->second.products > 0) continue;
+      std::copy(found->second.values.begin(), found->second.values.end(), product.d);
+      thread.accumulators.erase(found);
+    }
+    thread.groups.waiting.pop_front();
   }
-  for (Thread* thread : threads)
-    thread->product_groups.erase(thread->product_groups.begin(),
-                                 thread->product_groups.begin() + static_cast<std::ptrdiff_t>(done));
+}
+
+Thread* warpgroup_threads(Block& block, size_t index) {
+  if (block.threads.size() < (index + 1) * 128)
+    fail("wgmma: this warpgroup has only %zu threads", block.threads.size() - index * 128);
+  return block.threads.data() + index * 128;
 }
 
 }  // namespace
@@ -136,8 +150,9 @@ void wgmma(bool is_bf16, float* d, int registers, const uint32_t* a_registers, u
   Wgmma product{
       d, registers, a_registers != nullptr, accumulate, is_bf16, a_major == Major::mn, b_major == Major::mn, {}, a, b};
   if (a_registers != nullptr) std::copy(a_registers, a_registers + 4, product.a);
-  Accumulator& accumulator = thread.accumulators[d];
-  if (accumulator.products == 0) {
+  const auto [place, fresh] = thread.accumulators.try_emplace(d);
+  Accumulator& accumulator = place->second;
+  if (fresh) {
     accumulator.values.assign(d, d + registers);
     std::memset(d, kPoison, sizeof(float) * static_cast<size_t>(registers));
   } else if (accumulator.values.size() != static_cast<size_t>(registers)) {
@@ -150,10 +165,34 @@ void wgmma(bool is_bf16, float* d, int registers, const uint32_t* a_registers, u
 void wgmma_commit() {
   Thread& thread = self();
   thread.wgmma_fenced = false;
-  thread.product_groups.push_back(std::move(thread.products));
+  thread.groups.waiting.push_back(std::move(thread.products));
   thread.products.clear();
+  Warpgroup& group = thread.in->warpgroups[thread.rank / 128];
+  const Thread* threads = warpgroup_threads(*thread.in, thread.rank / 128);
+  for (size_t i = 0; i < group.waiting.size();) {
+    if (!all_committed(threads, group.waiting[i].second)) {
+      ++i;
+      continue;
+    }
+    machine().wake(group.waiting[i].first);
+    group.waiting.erase(group.waiting.begin() + static_cast<std::ptrdiff_t>(i));
+    machine().progress();
+  }
 }
 
-void wgmma_wait_pending(int pending) { warpgroup_collective("wgmma_wait", pending, finish_wait); }
+void wgmma_wait_pending(int pending) {
+  Thread& thread = self();
+  const size_t committed = thread.groups.committed(), keep = static_cast<size_t>(pending);
+  const size_t wanted = committed > keep ? committed - keep : 0;
+  if (wanted <= thread.groups.delivered) return;
+  Warpgroup& group = thread.in->warpgroups[thread.rank / 128];
+  Thread* threads = warpgroup_threads(*thread.in, thread.rank / 128);
+  if (!all_committed(threads, wanted)) {
+    group.waiting.emplace_back(&thread, wanted);
+    machine().wait("wgmma_wait");
+  }
+  for (; group.groups_done < wanted; ++group.groups_done) execute(threads, group.groups_done);
+  deliver(thread, wanted);
+}
 
 }  // namespace flashsloth::cuda

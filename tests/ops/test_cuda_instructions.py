@@ -208,6 +208,13 @@ def test_named_barriers(cases: Cases, rows: int) -> None:
     np.testing.assert_array_equal(out, 2 * x)
 
 
+@pytest.mark.parametrize("threads", [32, 128])
+def test_barriers(cases: Cases, threads: int) -> None:
+    x, out = normal(threads), nan(threads)
+    cases.run("hand_on", out, x, numbers=(threads, 5))
+    np.testing.assert_array_equal(out, np.roll(x, 5))
+
+
 def test_dependent_launches(cases: Cases) -> None:
     x, middle, out = normal(256), nan(256), nan(256)
     cases.run("add_one_twice", out, middle, x)
@@ -338,6 +345,16 @@ def test_a_missing_wait_is_a_wrong_result(emulated_cases: Cases, seed: int) -> N
     assert np.isnan(c).all()
 
 
+@pytest.mark.parametrize("threads", [32, 128])
+@pytest.mark.parametrize("left_out", ["write", "read"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_missing_barrier_is_a_wrong_result(emulated_cases: Cases, threads: int, left_out: str, seed: int) -> None:
+    x, out = normal(threads), nan(threads)
+    with seeded(seed):
+        emulated_cases.run(f"hand_on_no_barrier_after_{left_out}", out, x, numbers=(threads, 5))
+    assert (out != np.roll(x, 5)).any()
+
+
 MISTAKES = [
     r"deadlock: block \(\d, 0, 0\): 32 threads at named_barrier_sync 1, the first \(0, 0, 0\)",
     r"deadlock: .*31 threads at __syncwarp",
@@ -358,15 +375,16 @@ def test_mistakes_are_named(emulated_cases: Cases, mistake: int, seed: int) -> N
     assert str(raised.value).startswith("wrong: cudaLaunchKernelEx failed: cudaErrorLaunchFailure")
 
 
-def test_wgmma_without_wait_is_a_wrong_result(emulated_cases: Cases) -> None:
+@pytest.mark.parametrize("mistake", [0, 1], ids=["no wgmma_wait", "no fence_proxy_async"])
+def test_mistakes_of_wgmma_are_wrong_results(emulated_cases: Cases, mistake: int) -> None:
     out = np.zeros(128, np.float32)
-    emulated_cases.run("wrong_wgmma", out, numbers=(0,))
+    emulated_cases.run("wrong_wgmma", out, numbers=(mistake,))
     assert np.isnan(out).all()
 
 
 @pytest.mark.parametrize(
     ("mistake", "words"),
-    [(1, "wgmma: no wgmma_fence since the last group"), (2, r"wgmma, operand B: bytes \d+ to \d+ are not in")],
+    [(2, "wgmma: no wgmma_fence since the last group"), (3, r"wgmma, operand B: bytes \d+ to \d+ are not in")],
 )
 def test_mistakes_of_wgmma_are_named(emulated_cases: Cases, mistake: int, words: str) -> None:
     with pytest.raises(RuntimeError, match=words):
@@ -382,6 +400,7 @@ HOPPER_MISTAKES = [
     r"tma_load 2D: shared address \d+ is not a multiple of 128",
     r"deadlock: block \(\d, 0, 0\): 1 threads at mbarrier_wait, the first \(0, 0, 0\)",
     "ended with bulk stores that still read its shared memory",
+    "tma_load 2D: no mbarrier_init_fence since the mbarrier",
 ]
 
 
@@ -390,6 +409,13 @@ HOPPER_MISTAKES = [
 def test_mistakes_on_hopper_are_named(emulated_cases: Cases, mistake: int, seed: int) -> None:
     with seeded(seed), pytest.raises(RuntimeError, match=HOPPER_MISTAKES[mistake]):
         emulated_cases.run("wrong_hopper", np.zeros(256, np.float32), numbers=(mistake,))
+
+
+def test_launches_that_would_hang_or_race_are_named(emulated_cases: Cases) -> None:
+    with pytest.raises(RuntimeError, match="want 720 registers for each of 128 threads, there are 512"):
+        emulated_cases.run("too_many_registers", numbers=(0,))
+    with pytest.raises(RuntimeError, match="launched to overlap the kernel before it"):
+        emulated_cases.run("overlap_without_wait")
 
 
 def test_sm80_has_no_instructions_of_sm90(emulated_cases: Cases) -> None:

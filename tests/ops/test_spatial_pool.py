@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import product
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,11 +19,15 @@ from flashsloth_ops import spatial_attention_pool, use_backend
 from flashsloth_ops.reference import spatial_pool as reference
 from tests.support import (
     BACKENDS,
+    CUDA,
     DTYPES,
+    INTERPRETER,
     ISAS,
+    PLACES,
+    TRITON,
     Golden,
+    Place,
     assert_error_rule,
-    assert_within,
     gradients,
     isa,
     needs_extension,
@@ -47,23 +54,35 @@ def make(
     ]
 
 
+KERNELS = (pytest.param(Place("cpu"), marks=needs_extension, id="cpu"), *TRITON)  # all that is not the reference
+
+
+@contextmanager
+def fixed_seed(seed: int) -> Iterator[None]:
+    """Dropout draws this seed, on every device."""
+    with mock.patch("torch.randint", lambda *_, device, **__: torch.tensor([seed], device=device)):
+        yield
+
+
 # ---- against the official code and the specification ----
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize(
     "case", ["sap_8x8_d32_p2", "sap_10x10_d48_p3_ragged", "sap_12x12_d64_p3", "sap_27x27_d1152_p3"]
 )
-def test_official(case: str, backend: str) -> None:
+def test_official(case: str, place: Place) -> None:
+    if place == INTERPRETER and case.startswith("sap_27x27"):
+        pytest.skip("minutes under the interpreter; its programs are those of the smaller cases")
     golden = Golden(case)
     names = ("mlp.0.weight", "mlp.0.bias", "mlp.3.weight", "mlp.3.bias")
     inputs = [golden.io["x"], *(golden.weights[n] for n in names)]
-    inputs = [t.requires_grad_() for t in inputs]
+    inputs = [t.to(place.device).requires_grad_() for t in inputs]
     side, window = golden.meta["grid"], golden.meta["pool"]
-    with use_backend(backend):
+    with place:
         out = spatial_attention_pool(*inputs, grid=(side, side), window=window)
-    golden.check("out", out, 1e-5)
-    grads = torch.autograd.grad(out, inputs, golden.io["g"])
+    golden.check("out", out.cpu(), 1e-5)
+    grads = [g.cpu() for g in torch.autograd.grad(out, inputs, golden.io["g"].to(place.device))]
     for name, grad in zip(("x", *names[:3]), grads[:4], strict=True):
         golden.check(f"grad.{name}", grad, 2e-5)
     # The exact gradient of b2 is zero; the official code leaves its rounding there.
@@ -98,48 +117,87 @@ def test_backward_specification_matches_autograd() -> None:
         torch.testing.assert_close(g, w.view_as(g), rtol=1e-11, atol=1e-11)
 
 
-@needs_extension
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dropout", [0.0, 0.25])
 @pytest.mark.parametrize("grid", [(9, 9), (10, 7), (27, 27)])
-def test_error_rule(dtype: torch.dtype, grid: tuple[int, int]) -> None:
-    inputs = make((2, grid[0] * grid[1]), 96, 80, dtype)
+@pytest.mark.parametrize("place", [*KERNELS, *CUDA])
+def test_error_rule(place: Place, grid: tuple[int, int], dropout: float) -> None:
+    """In every dtype of a place; with dropout, whose mask then is that of the reference."""
+    if place == INTERPRETER and grid == (27, 27):
+        pytest.skip("minutes under the interpreter; its programs are those of the smaller grids")
 
     def run(*args: Tensor) -> Any:
-        return spatial_attention_pool(*args, grid=grid)
+        with fixed_seed(-(2**60) - 17):
+            return spatial_attention_pool(*args, grid=grid, dropout_p=dropout, training=True)
 
-    fused, fused_grads = gradients(run, inputs)
-    with use_backend("reference"):
-        plain, plain_grads = gradients(run, inputs)
-        exact, exact_grads = gradients(run, [t.double() for t in inputs])
-    assert fused[0].dtype == dtype
-    assert_error_rule(fused[0], plain[0], exact[0], dtype, "y")
-    for name, f, p, e in zip(("dx", "dw1", "db1", "dw2"), fused_grads, plain_grads, exact_grads, strict=False):
-        assert_error_rule(f, p, e, dtype, name)
-    assert (fused_grads[4] == 0).all(), "db2 is exactly zero"
+    for dtype in place.dtypes:
+        inputs = make((2, grid[0] * grid[1]), 96, 80, dtype)
+        with place:
+            fused, fused_grads = gradients(run, inputs, device=place.device)
+        with use_backend("reference"):
+            plain, plain_grads = gradients(run, inputs)
+            exact, exact_grads = gradients(run, [t.double() for t in inputs])
+        assert fused[0].dtype == dtype
+        assert_error_rule(fused[0], plain[0], exact[0], dtype, "y")
+        for name, f, p, e in zip(("dx", "dw1", "db1", "dw2"), fused_grads, plain_grads, exact_grads, strict=False):
+            assert_error_rule(f, p, e, dtype, name)
+        assert (fused_grads[4] == 0).all(), "db2 is exactly zero"
 
 
 # ---- shapes ----
 
 
+SHAPES: dict[str, st.SearchStrategy[Any]] = {
+    "batch": st.integers(0, 3),
+    "height": st.integers(0, 11),
+    "width": st.integers(0, 11),
+    "window": st.tuples(st.integers(1, 13), st.integers(1, 13)),
+    "dim": st.integers(1, 40),
+    "hidden": st.integers(1, 70),
+}
+
+
 @needs_extension
 @settings(max_examples=60, deadline=None)
-@given(
-    batch=st.integers(0, 3),
-    height=st.integers(0, 11),
-    width=st.integers(0, 11),
-    window=st.tuples(st.integers(1, 13), st.integers(1, 13)),
-    dim=st.integers(1, 40),
-    hidden=st.integers(1, 70),
-)
+@given(**SHAPES)
 def test_shapes(batch: int, height: int, width: int, window: tuple[int, int], dim: int, hidden: int) -> None:
     """Empty batches and grids, one token, windows larger than the grid, sizes no tile divides."""
+    check_shape(Place("cpu"), batch, height, width, window, dim, hidden)
+
+
+@needs_extension
+@pytest.mark.parametrize("place", TRITON)
+@settings(max_examples=60 if torch.cuda.is_available() else 12, deadline=None)
+@given(**SHAPES)
+def test_shapes_of_triton(
+    place: Place, batch: int, height: int, width: int, window: tuple[int, int], dim: int, hidden: int
+) -> None:
+    check_shape(place, batch, height, width, window, dim, hidden)
+
+
+@needs_extension
+@pytest.mark.parametrize("place", TRITON)
+@pytest.mark.parametrize(
+    ("batch", "height", "width", "window", "dim", "hidden"),
+    [(0, 5, 4, (3, 3), 8, 16), (2, 0, 4, (3, 3), 8, 16), (1, 1, 1, (1, 1), 1, 1), (1, 12, 11, (13, 9), 9, 33),
+     (1, 10, 7, (4, 5), 130, 300)],
+)  # fmt: skip
+def test_shapes_that_matter(
+    place: Place, batch: int, height: int, width: int, window: tuple[int, int], dim: int, hidden: int
+) -> None:
+    """Nothing at all, one of everything, a window of more tokens than a step of the kernel, several tiles each way."""
+    check_shape(place, batch, height, width, window, dim, hidden)
+
+
+def check_shape(
+    place: Place, batch: int, height: int, width: int, window: tuple[int, int], dim: int, hidden: int
+) -> None:
     inputs = make((batch, height * width), dim, hidden)
 
     def run(*args: Tensor) -> Any:
         return spatial_attention_pool(*args, grid=(height, width), window=window, return_weights=True)
 
-    with poisoned():
-        (y, weights), grads = gradients(run, inputs)
+    with place, poisoned():
+        (y, weights), grads = gradients(run, inputs, device=place.device)
     with use_backend("reference"):
         want, want_grads = gradients(run, [t.double() for t in inputs])
     assert y.shape == (batch, -(-height // window[0]) * -(-width // window[1]), dim)
@@ -149,14 +207,16 @@ def test_shapes(batch: int, height: int, width: int, window: tuple[int, int], di
         torch.testing.assert_close(got, expected.float(), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_packed_equals_images_one_by_one(backend: str) -> None:
+@pytest.mark.parametrize("place", PLACES)
+def test_packed_equals_images_one_by_one(place: Place) -> None:
     sizes = [(4, 6), (7, 3), (0, 5), (1, 1)]
     x, *weights = make((sum(h * w for h, w in sizes),), 24, 33)
-    grid = torch.tensor(sizes, dtype=torch.int32)
-    with use_backend(backend):
+    grid = torch.tensor(sizes, dtype=torch.int32, device=place.device)
+    with place:
         (packed, a), grads = gradients(
-            lambda *args: spatial_attention_pool(*args, grid=grid, return_weights=True), [x, *weights]
+            lambda *args: spatial_attention_pool(*args, grid=grid, return_weights=True),
+            [x, *weights],
+            device=place.device,
         )
 
         def one_by_one(x: Tensor, *rest: Tensor) -> Any:
@@ -167,7 +227,7 @@ def test_packed_equals_images_one_by_one(backend: str) -> None:
             ]
             return torch.cat([y[0] for y, _ in pairs]), torch.cat([w[0] for _, w in pairs])
 
-        (want, want_a), want_grads = gradients(one_by_one, [x, *weights])
+        (want, want_a), want_grads = gradients(one_by_one, [x, *weights], device=place.device)
     assert packed.shape == (4 + 3 + 0 + 1, 24)
     torch.testing.assert_close(packed, want)
     torch.testing.assert_close(a, want_a)
@@ -175,38 +235,76 @@ def test_packed_equals_images_one_by_one(backend: str) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
-@needs_extension
-def test_non_contiguous() -> None:
-    x, w1, b1, w2, b2 = make((4, 36), 24, 40)
-    strided = [x.transpose(0, 1).contiguous().transpose(0, 1)[::2], w1.T.contiguous().T, b1.repeat(2)[::1][:40], w2, b2]
-    assert not strided[0].is_contiguous()
-    got = gradients(lambda *a: spatial_attention_pool(*a, grid=(6, 6)), [t.clone() for t in strided])
-    want = gradients(lambda *a: spatial_attention_pool(*a, grid=(6, 6)), [x[::2], w1, b1, w2, b2])
-    direct = spatial_attention_pool(*strided, grid=(6, 6))
-    assert torch.equal(direct, want[0][0])
-    for a, b in zip(got[1], want[1], strict=True):
+@pytest.mark.parametrize("place", TRITON)
+def test_packed_more_images_than_a_step_of_the_kernel(place: Place) -> None:
+    sizes = torch.tensor([[1 + i % 3, int(i % 11 == 0)] for i in range(150)])  # most of them empty
+    x, *weights = make((int(sizes.prod(1).sum()),), 8, 16)
+
+    def run(*args: Tensor) -> Any:
+        return spatial_attention_pool(*args, grid=sizes.to(args[0].device), window=(2, 1), return_weights=True)
+
+    with place:
+        (y, a), grads = gradients(run, [x, *weights], device=place.device)
+    with use_backend("reference"):
+        (want, want_a), want_grads = gradients(run, [x, *weights])
+    torch.testing.assert_close(y, want)
+    torch.testing.assert_close(a, want_a)
+    for got, expected in zip(grads, want_grads, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("place", KERNELS)
+def test_non_contiguous(place: Place) -> None:
+    x, w1, b1, w2, b2 = (t.to(place.device) for t in make((4, 36), 24, 40))
+
+    def strided() -> list[Tensor]:
+        tensors = [x.transpose(0, 1).contiguous().transpose(0, 1)[::2], w1.T.contiguous().T, b1.repeat(2)[:40], w2, b2]
+        assert not any(t.is_contiguous() for t in tensors[:2])
+        return [t.detach().requires_grad_() for t in tensors]
+
+    def run(inputs: list[Tensor]) -> list[Tensor]:
+        y, a = spatial_attention_pool(*inputs, grid=(6, 6), return_weights=True)
+        # Gradients that are no plain tensors either.
+        dy, da = (
+            torch.ones_like(y).transpose(1, 2).contiguous().transpose(1, 2),
+            torch.ones_like(a[:, :1]).expand(2, 36),
+        )
+        return [y, a, *torch.autograd.grad((y, a), inputs, (dy, da))]
+
+    with place:
+        got, want = run(strided()), run([t.detach().contiguous().requires_grad_() for t in strided()])
+    for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b)
 
 
-def test_window_larger_than_grid_is_one_window() -> None:
-    inputs = make((2, 12), 8, 16)
-    y, a = spatial_attention_pool(*inputs, grid=(3, 4), window=50, return_weights=True)
+@pytest.mark.parametrize("place", PLACES)
+def test_window_larger_than_grid_is_one_window(place: Place) -> None:
+    inputs = [t.to(place.device) for t in make((2, 12), 8, 16)]
+    with place:
+        y, a = spatial_attention_pool(*inputs, grid=(3, 4), window=50, return_weights=True)
     assert y.shape == (2, 1, 8)
-    torch.testing.assert_close(a.sum(1), torch.ones(2))
+    torch.testing.assert_close(a.sum(1).cpu(), torch.ones(2))
 
 
 # ---- dropout ----
 
 
-@needs_extension
-def test_dropout_is_the_same_on_every_backend() -> None:
-    inputs = make((3, 64), 32, 75)
-    results = []
-    for name in ("reference", "cpu"):
-        with use_backend(name):
-            torch.manual_seed(1)
-            results.append(spatial_attention_pool(*inputs, grid=(8, 8), dropout_p=0.4, training=True))
-    assert_within(results[1], results[0], 1e-5, "y")
+@pytest.mark.parametrize("seed", [0, 5, -1, 2**31, -(2**62) + 12345])
+@pytest.mark.parametrize("place", [*KERNELS, *CUDA])
+def test_dropout_draws_the_bits_of_the_reference(place: Place, seed: int) -> None:
+    """Where every unit is active, the mask that is saved is the dropout mask."""
+    dtype = place.dtypes[0]
+    x, w1, b1, w2, b2 = (t.to(place.device) for t in make((3, 64), 32, 75, dtype))
+    key = torch.tensor([seed], device=place.device)
+    for p in (0.1, 0.4, 0.62):
+        _, _, mask = overload(place)(x, w1, b1 + 100, w2.view(-1), b2, None, 8, 8, 1, 8, 8, p, key, True)
+        keep = reference.dropout_keep(torch.tensor([seed]), 3 * 64, 75, p)
+        assert torch.equal(reference.unpack_mask(mask.cpu(), 75), keep)
+
+
+def overload(place: Place, op: str = "spatial_pool") -> Any:
+    """The op with the kernels of a place, below the public function."""
+    return getattr(getattr(torch.ops.flashsloth, op), "default" if place.backend == "cpu" else place.backend)
 
 
 def test_dropout_mask_is_philox_and_keeps_its_share() -> None:
@@ -219,10 +317,10 @@ def test_dropout_mask_is_philox_and_keeps_its_share() -> None:
     assert abs(share - 0.7) < 5 * (0.21 / 100_000) ** 0.5
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_dropout_acts_in_training_only(backend: str) -> None:
-    inputs = make((1, 36), 16, 64)
-    with use_backend(backend):
+@pytest.mark.parametrize("place", PLACES)
+def test_dropout_acts_in_training_only(place: Place) -> None:
+    inputs = [t.to(place.device) for t in make((1, 36), 16, 64)]
+    with place:
         plain = spatial_attention_pool(*inputs, grid=(6, 6))
         assert torch.equal(spatial_attention_pool(*inputs, grid=(6, 6), dropout_p=0.5), plain)
         assert not torch.equal(spatial_attention_pool(*inputs, grid=(6, 6), dropout_p=0.5, training=True), plain)
@@ -255,19 +353,21 @@ def test_memory_kept_for_backward() -> None:
     assert 0 < sum(kept.values()) <= hidden_layer / 16
 
 
-@needs_extension
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_repeats_are_bitwise_equal(dtype: torch.dtype) -> None:
-    inputs = make((3, 300), 64, 96, dtype)
+@pytest.mark.parametrize("place", KERNELS)
+def test_repeats_are_bitwise_equal(place: Place) -> None:
+    height, width = (4, 6) if place == INTERPRETER else (20, 15)
 
     def run(*a: Tensor) -> Any:
-        return spatial_attention_pool(*a, grid=(20, 15))
+        return spatial_attention_pool(*a, grid=(height, width))
 
-    out, grads = gradients(run, inputs)
-    for _ in range(3):
-        again, again_grads = gradients(run, inputs)
-        assert torch.equal(out[0], again[0])
-        assert all(torch.equal(a, b) for a, b in zip(grads, again_grads, strict=True))
+    for dtype in place.dtypes[:2]:
+        inputs = make((3, height * width), 64, 96, dtype)
+        with place:
+            out, grads = gradients(run, inputs, device=place.device)
+            for _ in range(1 if place == INTERPRETER else 3):
+                again, again_grads = gradients(run, inputs, device=place.device)
+                assert torch.equal(out[0], again[0])
+                assert all(torch.equal(a, b) for a, b in zip(grads, again_grads, strict=True))
 
 
 @needs_extension
@@ -301,10 +401,12 @@ def test_every_instruction_set(name: str, dtype: torch.dtype) -> None:
         assert_error_rule(got, p, e, dtype, "gradient")
 
 
-def test_nan_reaches_the_windows_that_hold_it_only() -> None:
-    x, *rest = make((1, 36), 8, 16)
+@pytest.mark.parametrize("place", PLACES)
+def test_nan_reaches_the_windows_that_hold_it_only(place: Place) -> None:
+    x, *rest = (t.to(place.device) for t in make((1, 36), 8, 16))
     x[0, 0, 3] = torch.nan
-    y = spatial_attention_pool(x, *rest, grid=(6, 6))
+    with place:
+        y = spatial_attention_pool(x, *rest, grid=(6, 6))
     assert y[0, 0].isnan().all()
     assert y[0, 1:].isfinite().all()
 
@@ -317,24 +419,29 @@ def test_needs_no_gradient_saves_no_mask() -> None:
 
 
 @pytest.mark.parametrize("which", range(5))
-def test_gradient_of_one_input_alone(which: int) -> None:
+@pytest.mark.parametrize("place", KERNELS)
+def test_gradient_of_one_input_alone(place: Place, which: int) -> None:
     inputs = make((2, 20), 12, 18)
-    _, every = gradients(lambda *a: spatial_attention_pool(*a, grid=(5, 4)), inputs)
-    inputs[which].requires_grad_()
-    out = spatial_attention_pool(*inputs, grid=(5, 4))
+    with place:
+        _, every = gradients(lambda *a: spatial_attention_pool(*a, grid=(5, 4)), inputs, device=place.device)
+        inputs = [t.to(place.device) for t in inputs]
+        inputs[which].requires_grad_()
+        out = spatial_attention_pool(*inputs, grid=(5, 4))
     generator = torch.Generator().manual_seed(7)
-    out.backward(torch.randn(out.shape, generator=generator, dtype=torch.float64).float())
-    torch.testing.assert_close(inputs[which].grad, every[which])
+    out.backward(torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out))
+    torch.testing.assert_close(inputs[which].grad.cpu(), every[which])  # type: ignore[union-attr]
 
 
-def test_loss_on_the_weights_alone() -> None:
+@pytest.mark.parametrize("place", KERNELS)
+def test_loss_on_the_weights_alone(place: Place) -> None:
     sizes = torch.tensor([[4, 3], [2, 5]])
     inputs = make((22,), 12, 18)
 
     def run(*a: Tensor) -> Tensor:
         return spatial_attention_pool(*a, grid=sizes, return_weights=True)[1]  # type: ignore[return-value]
 
-    _, grads = gradients(run, inputs)
+    with place:
+        _, grads = gradients(run, inputs, device=place.device)
     with use_backend("reference"):
         _, want = gradients(run, inputs)
     for g, w in zip(grads, want, strict=True):
@@ -346,32 +453,33 @@ def test_loss_on_the_weights_alone() -> None:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 @pytest.mark.parametrize("packed", [False, True])
-def test_opcheck(packed: bool, dropout: float) -> None:
-    x, w1, b1, w2, b2 = (t.requires_grad_() for t in make((22,) if packed else (2, 20), 12, 45))
-    grids = torch.tensor([[4, 3], [2, 5]]) if packed else None
+@pytest.mark.parametrize("place", [pytest.param(Place("cpu"), id="default"), *TRITON])
+def test_opcheck(place: Place, packed: bool, dropout: float) -> None:
+    x, w1, b1, w2, b2 = (t.to(place.device) for t in make((22,) if packed else (2, 20), 12, 45))
+    grids = torch.tensor([[4, 3], [2, 5]], device=place.device) if packed else None
     geometry = (grids, 0, 0, 4, 3, 3) if packed else (None, 5, 4, 4, 3, 3)
-    seed = torch.tensor([9]) if dropout else None
-    args = (x, w1, b1, w2.detach().view(-1).requires_grad_(), b2, *geometry, dropout, seed, True)
-    torch.library.opcheck(torch.ops.flashsloth.spatial_pool.default, args)
-    _, weights, mask = torch.ops.flashsloth.spatial_pool(*args)
-    dy = torch.randn(*((4, 12) if packed else (2, 4, 12)))
+    seed = torch.tensor([9], device=place.device) if dropout else None
+    args = (*(t.requires_grad_() for t in (x, w1, b1, w2.view(-1), b2)), *geometry, dropout, seed, True)
+    torch.library.opcheck(overload(place), args)
+    y, weights, mask = overload(place)(*args)
     detached = [t.detach() for t in (x, w1, b1, w2.view(-1), weights)]
-    back = (dy, None, *detached, mask, geometry[0], *geometry[1:3], 3, 3, dropout, True, True)
-    torch.library.opcheck(torch.ops.flashsloth.spatial_pool_backward.default, back)
+    back = (torch.randn_like(y), None, *detached, mask, grids, *geometry[1:3], 3, 3, dropout, True, True)
+    torch.library.opcheck(overload(place, "spatial_pool_backward"), back)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compile_equals_eager(backend: str, dynamic: bool) -> None:
+def test_compile_equals_eager(place: Place, dynamic: bool) -> None:
     def run(*args: Tensor) -> Any:
         return spatial_attention_pool(*args, grid=(6, 6), return_weights=True)
 
     torch._dynamo.reset()
     compiled = torch.compile(run, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    with use_backend(backend):
+    with place:
         for batch in (2, 3):
             inputs = make((batch, 36), 16, 40)
-            want, got = gradients(run, inputs), gradients(compiled, inputs)
+            want = gradients(run, inputs, device=place.device)
+            got = gradients(compiled, inputs, device=place.device)
             for a, b in zip([*want[0], *want[1]], [*got[0], *got[1]], strict=True):
                 torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 

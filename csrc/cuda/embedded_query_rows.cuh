@@ -1,0 +1,151 @@
+// Embedded-query attention: rows projected to E, with what their layer norm needs. The image's rows (its state), and
+// the query and text rows.
+//
+// No block sees a whole row of the result, so each leaves mean and squares of its 32 columns, and whoever normalises
+// the row puts the parts together: exact to rounding, unlike a sum of squares.
+#pragma once
+
+#include "embedded_query_parts.cuh"
+#include "skinny_gemm.cuh"
+#include "tile_gemm.cuh"
+
+namespace flashsloth::cuda::query {
+
+template <class T>
+struct StateParams {
+  int rows, dim, inner;
+  float eps;
+  const T *image, *weight, *bias;
+  T* y;
+  float *mean, *rstd;
+  float2* parts;  // (parts, rows)
+};
+
+// Rows in tiles of 64 x 64: images, and many text rows.
+template <class T>
+using RowsTile = TileGemm<T, 64, BLayout::columns_by_k>;
+
+namespace detail {
+
+// y = A weight' + bias for a tile. rows: what is stored; those from `count` on are zeros and belong to nobody.
+template <class T, class ARow>
+__device__ inline void project_tile(const T* weight, const T* bias, int depth, int inner, int rows, int count,
+                                    ARow a_row, T* y, float* wide, float2* parts) {
+  using Tile = RowsTile<T>;
+  const int first_row = blockIdx.y * Tile::kRows, first_column = blockIdx.x * Tile::kColumns;
+  typename Tile::Accumulator acc = {};
+  Tile::run(
+      acc, depth, 0, [&](int m) { return first_row + m < count ? a_row(first_row + m) : nullptr; },
+      [&](int n) {
+        return first_column + n < inner ? weight + static_cast<int64_t>(first_column + n) * depth : nullptr;
+      },
+      [](int) {});
+
+  const int part = (first_column + Tile::column(0)) / kPartColumns,
+            size = min(kPartColumns, inner - part * kPartColumns);
+#pragma unroll
+  for (int upper = 0; upper < 2; ++upper) {
+    const int row = first_row + Tile::row() + 8 * upper;
+    float v[8];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int column = first_column + Tile::column(j);
+      float2 sum = {0.0f, 0.0f};
+      if (column < inner && row < count) {
+        const float2 b = load_pair(bias + column);
+        sum = {acc[j][2 * upper] + b.x, acc[j][2 * upper + 1] + b.y};
+      }
+      const float2 rounded = unpack2<T>(pack2<T>(sum.x, sum.y));
+      v[2 * j] = rounded.x;
+      v[2 * j + 1] = rounded.y;
+      if (column >= inner || row >= rows) continue;
+      store_pair(y + static_cast<int64_t>(row) * inner + column, rounded);
+      if (wide != nullptr) *reinterpret_cast<float2*>(wide + static_cast<int64_t>(row) * inner + column) = sum;
+    }
+    const float2 own = part_statistics<4>(v, size, [&](int i) { return first_column + Tile::column(i / 2) < inner; });
+    if (threadIdx.x % 4 == 0 && row < rows && size > 0) parts[static_cast<int64_t>(part) * rows + row] = own;
+  }
+}
+
+}  // namespace detail
+
+// ---- The image ----
+
+// Block (x, y): columns from 64 x of rows from 64 y.
+template <class T>
+__global__ void __launch_bounds__(RowsTile<T>::kThreads)
+    image_state_project_kernel(const __grid_constant__ StateParams<T> p) {
+  grid_dependency_launch();
+  detail::project_tile(
+      p.weight, p.bias, p.dim, p.inner, p.rows, p.rows,
+      [&](int row) { return p.image + static_cast<int64_t>(row) * p.dim; }, p.y, static_cast<float*>(nullptr), p.parts);
+}
+
+constexpr int kStatisticsThreads = 128;
+
+// A row a pair of lanes.
+template <class T>
+__global__ void __launch_bounds__(kStatisticsThreads)
+    image_state_statistics_kernel(const __grid_constant__ StateParams<T> p) {
+  grid_dependency_wait();
+  const int row = (blockIdx.x * kStatisticsThreads + threadIdx.x) / 32 * 16 + threadIdx.x % 16;
+  const float2 statistics = row_statistics(p.parts + min(row, p.rows - 1), p.rows, p.inner, p.eps);
+  if (row >= p.rows || threadIdx.x % 32 >= 16) return;
+  p.mean[row] = statistics.x;
+  p.rstd[row] = statistics.y;
+}
+
+// ---- Query and text ----
+
+template <class T>
+using RowsGemm = SkinnyGemm<T, kPartColumns / 8>;
+
+// Block (x, y): columns from 32 x of rows from 16 y of hidden. Rows past the last text row become zeros.
+template <class T>
+__global__ void __launch_bounds__(RowsGemm<T>::kThreads)
+    embedded_query_rows_kernel(const __grid_constant__ QueryParams<T> p) {
+  using Gemm = RowsGemm<T>;
+  grid_dependency_launch();
+  const int first_column = blockIdx.x * Gemm::kColumns, first_row = blockIdx.y * Gemm::kRows;
+  typename Gemm::Warp product(weight_rows(p.params[kDown], first_column, p.inner, p.model), p.model, threadIdx.x / 32,
+                              Gemm::kWarps);
+  product.prefetch();
+  grid_dependency_wait();
+  float acc[Gemm::kColumns / 8][4] = {};
+  product.multiply(acc, [&](int m) {
+    const T* const row = source_row(p, first_row + m);
+    return row != nullptr ? row : p.query;
+  });
+
+  float2 sum = Gemm::add(acc, reinterpret_cast<float*>(dynamic_shared()));
+  const int row = first_row + Gemm::row(), column = first_column + Gemm::column();
+  const bool there = row < p.all_rows() && column < p.inner;
+  if (there && source_row(p, row) != nullptr) {
+    const float2 bias = load_pair(p.params[kDownBias] + column);
+    sum.x += bias.x;
+    sum.y += bias.y;
+  } else {
+    sum = {0.0f, 0.0f};
+  }
+  const float2 rounded = unpack2<T>(pack2<T>(sum.x, sum.y));
+  const float v[2] = {rounded.x, rounded.y};
+  const float2 own = part_statistics<Gemm::kPairs>(v, min(kPartColumns, p.inner - first_column),
+                                                   [&](int) { return column < p.inner; });
+  if (!there) return;
+  const int64_t at = static_cast<int64_t>(row) * p.inner + column;
+  store_pair(p.hidden_rows + at, rounded);
+  if (p.hidden != nullptr) *reinterpret_cast<float2*>(p.hidden + at) = sum;
+  if (Gemm::column() == 0) p.parts[static_cast<int64_t>(blockIdx.x) * p.all_rows() + row] = own;
+}
+
+// The same for many rows.
+template <class T>
+__global__ void __launch_bounds__(RowsTile<T>::kThreads)
+    embedded_query_many_rows_kernel(const __grid_constant__ QueryParams<T> p) {
+  grid_dependency_launch();
+  detail::project_tile(
+      p.params[kDown], p.params[kDownBias], p.model, p.inner, p.all_rows(), first_text_row(p, p.batch),
+      [&](int row) { return source_row(p, row); }, p.hidden_rows, p.hidden, p.parts);
+}
+
+}  // namespace flashsloth::cuda::query
