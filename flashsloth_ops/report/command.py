@@ -40,7 +40,10 @@ def main(given: argparse.Namespace) -> int:
         from flashsloth_ops.report import triton_kernels
     except ImportError as error:
         return _complain(f"triton, whose compiler and disassembler this needs: {error}")
-    stored = table.read(given.compare) if given.compare else None
+    try:
+        stored = table.read(given.compare) if given.compare else None
+    except ValueError as error:
+        return _complain(f"--compare: {error}")
 
     started = time.perf_counter()
     work: list[Callable[[], list[Row]]] = []

@@ -60,9 +60,10 @@ def failures(row: Row) -> list[str]:
 
 
 def remarks(row: Row) -> list[str]:
-    """What is worth a look without being wrong."""
-    if row.arch == "sm_90" and row.matrix and row.warps >= 4 and not any(k.startswith("HGMMA") for k in row.tensor):
-        return [f"{row}: {_tensor(row)}, no HGMMA"] if row.tensor else []
+    """What is worth a look without being wrong. (What a CUDA kernel should use is said where it is described.)"""
+    with_groups = any(opcode.startswith("HGMMA") for opcode in row.tensor)
+    if row.language == "triton" and row.arch == "sm_90" and row.matrix and row.warps >= 4 and row.tensor:
+        return [] if with_groups else [f"{row}: {_tensor(row)}, no HGMMA"]
     return []
 
 
@@ -111,7 +112,8 @@ def _tensor(row: Row) -> str:
 
 def write(path: Path, rows: Iterable[Row], versions: dict[str, str]) -> None:
     """One row a line, so that a diff shows which changed."""
-    lines = [json.dumps({k: v for k, v in asdict(r).items() if v != ""}) for r in sorted(rows, key=lambda r: r.key)]
+    said = [{k: v for k, v in asdict(r).items() if v != "" or k == "case"} for r in sorted(rows, key=lambda r: r.key)]
+    lines = [json.dumps(one) for one in said]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f'{{"versions": {json.dumps(versions)},\n "rows": [\n  ' + ",\n  ".join(lines) + "\n ]}\n")
 
@@ -146,6 +148,8 @@ def changes(row: Row, before: Row) -> list[str]:
     found = []
     for name in ("registers", "stack", "spilled", "spilled_in_loops", "shared", "blocks", "warps", "tensor", "error"):
         old, new = getattr(before, name), getattr(row, name)
+        if name.startswith("spilled"):
+            old, new = _pair(old), _pair(new)
         if old != new:
             found.append(f"{name.replace('_', ' ')} {old} -> {new}")
     return found

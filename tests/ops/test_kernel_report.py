@@ -276,6 +276,7 @@ def test_failures() -> None:
 def test_worse_is_what_costs_time() -> None:
     assert table.worse(replace(GOOD, registers=104), GOOD) == []
     assert table.changes(replace(GOOD, registers=104), GOOD) == ["registers 96 -> 104"]
+    assert table.changes(replace(GOOD, spilled=binary.Local(4, 8)), GOOD) == ["spilled 0 -> 4/8"]
     assert table.worse(replace(GOOD, registers=128, blocks=4), GOOD) == ["resident warps 20 -> 16, registers 96 -> 128"]
     assert table.worse(replace(GOOD, spilled=(4, 8)), GOOD) == ["spilled 0 -> 4/8 bytes"]
     (found,) = table.worse(replace(GOOD, tensor={"HMMA.16816": 32}), GOOD)
@@ -294,6 +295,7 @@ def test_only_rows_of_the_same_compilers_are_compared() -> None:
 
 def test_stored_rows_come_back(tmp_path: Path) -> None:
     rows = [replace(GOOD, arch=arch, spilled=(4, 8), error="none" * (arch == "sm_80")) for arch in ("sm_80", "sm_90")]
+    rows.insert(0, replace(GOOD, case="", language="cuda"))
     table.write(tmp_path / "rows.json", rows, {"triton": "3.6.0"})
     assert table.read(tmp_path / "rows.json") == (rows, {"triton": "3.6.0"})
     assert len((tmp_path / "rows.json").read_text().splitlines()) == 2 + len(rows) + 1
@@ -339,8 +341,11 @@ def test_command_refuses_what_it_cannot_do() -> None:
     done = python("flashsloth_ops", "kernels", "--arch", "75")
     assert done.returncode == 2
     assert "--arch: expected some of 80, 90, 100, got '75'" in done.stderr
+    done = python("flashsloth_ops", "kernels", "--compare", "absent.json")
+    assert done.returncode == 2
+    assert "--compare: absent.json: no such report" in done.stderr
     env = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "flashsloth_ops", "kernels"]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)
+    run = [sys.executable, "-m", "flashsloth_ops", "kernels"]
+    done = subprocess.run(run, capture_output=True, text=True, env=env, cwd=ROOT)
     assert done.returncode == 2
     assert "TRITON_INTERPRET is set" in done.stderr
