@@ -82,8 +82,9 @@ class Chain {
   explicit Chain(cudaStream_t stream) : stream_(stream) {}
 
   template <class P>
-  void run(const char* name, void (*kernel)(P), dim3 grid, int threads, size_t shared_bytes, const P& params) {
-    Launch launch{grid, dim3(threads), shared_bytes, stream_};
+  void run(const char* name, void (*kernel)(P), dim3 grid, int threads, size_t shared_bytes, const P& params,
+           dim3 cluster = {1, 1, 1}) {
+    Launch launch{grid, dim3(threads), shared_bytes, stream_, cluster};
     launch.overlap_previous = overlap_;
     launch_kernel(name, kernel, launch, params);
     overlap_ = true;
@@ -126,6 +127,13 @@ void run(const ImageState& args, void* memory, cudaStream_t stream) {
   Scratch scratch(memory);
   const StateParams<T> p = params<T>(args, scratch);
   Chain chain(stream);
+  const int blocks = divide_up(p.inner, StateTile<T>::kColumns);
+  if (runs_sm90a() && blocks <= StateTile<T>::kMostBlocks) {
+    chain.run("image_state_cluster_kernel", image_state_cluster_kernel<T>,
+              dim3(blocks, divide_up(p.rows, StateTile<T>::kRows)), StateTile<T>::kThreads, StateTile<T>::kSharedBytes,
+              p, dim3(blocks));
+    return;
+  }
   using Tile = RowsTile<T>;
   chain.run("image_state_project_kernel", image_state_project_kernel<T>,
             dim3(divide_up(p.inner, Tile::kColumns), divide_up(p.rows, Tile::kRows)), Tile::kThreads,

@@ -9,8 +9,8 @@ namespace flashsloth::cuda::query {
 // All rows of an image by 64 keys. What is kept of a score is exp(score - largest of the row in the tile), at most 1
 // and so as precise in the type of the operands as it can be; the largest and the sum are in fp32.
 template <class T>
-struct ScoresTile : TileGemm<T, 32, BLayout::columns_by_k> {
-  using Gemm = TileGemm<T, 32, BLayout::columns_by_k>;
+struct ScoresTile : TileGemm<T, 32, 64, BLayout::columns_by_k> {
+  using Gemm = TileGemm<T, 32, 64, BLayout::columns_by_k>;
   static_assert(Gemm::kColumns == kKeyTile, "a block's columns share a largest score");
 };
 
@@ -74,8 +74,8 @@ __global__ void __launch_bounds__(ScoresTile<T>::kThreads)
 }
 
 template <class T>
-struct PooledTile : TileGemm<T, 48, BLayout::k_by_columns> {
-  using Gemm = TileGemm<T, 48, BLayout::k_by_columns>;
+struct PooledTile : TileGemm<T, 48, 64, BLayout::k_by_columns> {
+  using Gemm = TileGemm<T, 48, 64, BLayout::k_by_columns>;
   static_assert(Gemm::kDepth == kKeyTile, "a stage has one factor a row");
 };
 

@@ -91,20 +91,21 @@ __device__ inline float2 part_statistics(const float (&v)[Count], int size, Whol
   return {mean, warp_sum<Width>(squares)};
 }
 
-// Mean and reciprocal deviation of a row of `inner` numbers from those of its parts, which lie `stride` apart. Lanes i
+// Mean and reciprocal deviation of a row of `inner` numbers from those of its parts, part_at(i). Lanes i
 // and i + 16 share a row and both get them.
-__device__ inline float2 row_statistics(const float2* parts, int64_t stride, int inner, float eps) {
+template <class Part>
+__device__ inline float2 row_statistics(Part part_at, int inner, float eps) {
   const int count = divide_up(inner, kPartColumns);
   const auto size = [&](int part) { return static_cast<float>(min(kPartColumns, inner - part * kPartColumns)); };
   const auto both = [](float x) { return x + __shfl_xor_sync(kFullWarp, x, 16); };
   const int first = threadIdx.x % 32 / 16;
   float mean = 0.0f, squares = 0.0f;
 #pragma unroll 5
-  for (int part = first; part < count; part += 2) mean += parts[part * stride].x * size(part);
+  for (int part = first; part < count; part += 2) mean += part_at(part).x * size(part);
   mean = both(mean) / static_cast<float>(inner);
 #pragma unroll 5
   for (int part = first; part < count; part += 2) {
-    const float2 own = parts[part * stride];
+    const float2 own = part_at(part);
     squares += own.y + size(part) * (own.x - mean) * (own.x - mean);
   }
   return {mean, rsqrtf(both(squares) / static_cast<float>(inner) + eps)};

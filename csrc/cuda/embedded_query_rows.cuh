@@ -6,6 +6,7 @@
 #pragma once
 
 #include "embedded_query_parts.cuh"
+#include "hopper.cuh"
 #include "skinny_gemm.cuh"
 #include "tile_gemm.cuh"
 
@@ -23,15 +24,15 @@ struct StateParams {
 
 // Rows in tiles of 64 x 64: images, and many text rows.
 template <class T>
-using RowsTile = TileGemm<T, 64, BLayout::columns_by_k>;
+using RowsTile = TileGemm<T, 64, 64, BLayout::columns_by_k>;
 
 namespace detail {
 
 // y = A weight' + bias for a tile. rows: what is stored; those from `count` on are zeros and belong to nobody.
-template <class T, class ARow>
+// leave(part, row, v): takes mean and squares of a part of a row, numbered as in the whole of y.
+template <class Tile, class T, class ARow, class Leave>
 __device__ inline void project_tile(const T* weight, const T* bias, int depth, int inner, int rows, int count,
-                                    ARow a_row, T* y, float* wide, float2* parts) {
-  using Tile = RowsTile<T>;
+                                    ARow a_row, T* y, float* wide, Leave leave) {
   const int first_row = blockIdx.y * Tile::kRows, first_column = blockIdx.x * Tile::kColumns;
   typename Tile::Accumulator acc = {};
   Tile::run(
@@ -63,7 +64,7 @@ __device__ inline void project_tile(const T* weight, const T* bias, int depth, i
       if (wide != nullptr) *reinterpret_cast<float2*>(wide + static_cast<int64_t>(row) * inner + column) = sum;
     }
     const float2 own = part_statistics<4>(v, size, [&](int i) { return first_column + Tile::column(i / 2) < inner; });
-    if (threadIdx.x % 4 == 0 && row < rows && size > 0) parts[static_cast<int64_t>(part) * rows + row] = own;
+    if (threadIdx.x % 4 == 0 && row < rows && size > 0) leave(part, row, own);
   }
 }
 
@@ -71,14 +72,58 @@ __device__ inline void project_tile(const T* weight, const T* bias, int depth, i
 
 // ---- The image ----
 
-// Block (x, y): columns from 64 x of rows from 64 y.
+// In one launch, where a row's columns fit a cluster: its blocks show each other mean and squares of their columns.
+template <class T>
+struct StateTile : TileGemm<T, 64, 96, BLayout::columns_by_k> {
+  using Gemm = TileGemm<T, 64, 96, BLayout::columns_by_k>;
+  static constexpr int kParts = Gemm::kColumns / kPartColumns, kMostBlocks = 8;
+  static constexpr int kSharedBytes = Gemm::kSharedBytes + kParts * Gemm::kRows * static_cast<int>(sizeof(float2));
+};
+
+// Block (x, y): columns from 96 x of rows from 64 y; a cluster is all x.
+template <class T>
+__global__ void __launch_bounds__(StateTile<T>::kThreads)
+    image_state_cluster_kernel(const __grid_constant__ StateParams<T> p) {
+  if constexpr (kHasSm90a) {
+    using Tile = StateTile<T>;
+    float2* const parts = reinterpret_cast<float2*>(dynamic_shared() + Tile::Gemm::kSharedBytes);  // (parts, rows)
+    const int first_row = blockIdx.y * Tile::kRows, rank = blockIdx.x, blocks = gridDim.x;
+    detail::project_tile<typename Tile::Gemm>(
+        p.weight, p.bias, p.dim, p.inner, p.rows, p.rows,
+        [&](int row) { return p.image + static_cast<int64_t>(row) * p.dim; }, p.y, static_cast<float*>(nullptr),
+        [&](int part, int row, float2 own) {
+          parts[(part - rank * Tile::kParts) * Tile::kRows + row - first_row] = own;
+        });
+    cluster_sync();
+    // 16 rows a warp, of as many blocks as it takes.
+    const int group = rank + static_cast<int>(threadIdx.x) / 32 * blocks, in_tile = 16 * group + threadIdx.x % 16;
+    if (group < Tile::kRows / 16) {
+      const float2 statistics = row_statistics(
+          [&](int part) -> float2 {
+            const uint32_t at = shared_address(parts + part % Tile::kParts * Tile::kRows + in_tile);
+            const uint32_t remote = cluster_address(at, part / Tile::kParts);
+            return {load_cluster(remote), load_cluster(remote + 4)};
+          },
+          p.inner, p.eps);
+      const int row = first_row + in_tile;
+      if (row < p.rows && threadIdx.x % 32 < 16) {
+        p.mean[row] = statistics.x;
+        p.rstd[row] = statistics.y;
+      }
+    }
+    cluster_sync();  // nobody ends while its parts are read
+  }
+}
+
+// In two, on every GPU. Block (x, y): columns from 64 x of rows from 64 y.
 template <class T>
 __global__ void __launch_bounds__(RowsTile<T>::kThreads)
     image_state_project_kernel(const __grid_constant__ StateParams<T> p) {
   grid_dependency_launch();
-  detail::project_tile(
+  detail::project_tile<RowsTile<T>>(
       p.weight, p.bias, p.dim, p.inner, p.rows, p.rows,
-      [&](int row) { return p.image + static_cast<int64_t>(row) * p.dim; }, p.y, static_cast<float*>(nullptr), p.parts);
+      [&](int row) { return p.image + static_cast<int64_t>(row) * p.dim; }, p.y, static_cast<float*>(nullptr),
+      [&](int part, int row, float2 own) { p.parts[static_cast<int64_t>(part) * p.rows + row] = own; });
 }
 
 constexpr int kStatisticsThreads = 128;
@@ -89,7 +134,9 @@ __global__ void __launch_bounds__(kStatisticsThreads)
     image_state_statistics_kernel(const __grid_constant__ StateParams<T> p) {
   grid_dependency_wait();
   const int row = (blockIdx.x * kStatisticsThreads + threadIdx.x) / 32 * 16 + threadIdx.x % 16;
-  const float2 statistics = row_statistics(p.parts + min(row, p.rows - 1), p.rows, p.inner, p.eps);
+  const float2* const parts = p.parts + min(row, p.rows - 1);
+  const float2 statistics =
+      row_statistics([&](int i) { return parts[static_cast<int64_t>(i) * p.rows]; }, p.inner, p.eps);
   if (row >= p.rows || threadIdx.x % 32 >= 16) return;
   p.mean[row] = statistics.x;
   p.rstd[row] = statistics.y;
@@ -143,9 +190,10 @@ template <class T>
 __global__ void __launch_bounds__(RowsTile<T>::kThreads)
     embedded_query_many_rows_kernel(const __grid_constant__ QueryParams<T> p) {
   grid_dependency_launch();
-  detail::project_tile(
+  detail::project_tile<RowsTile<T>>(
       p.params[kDown], p.params[kDownBias], p.model, p.inner, p.all_rows(), first_text_row(p, p.batch),
-      [&](int row) { return source_row(p, row); }, p.hidden_rows, p.hidden, p.parts);
+      [&](int row) { return source_row(p, row); }, p.hidden_rows, p.hidden,
+      [&](int part, int row, float2 own) { p.parts[static_cast<int64_t>(part) * p.all_rows() + row] = own; });
 }
 
 }  // namespace flashsloth::cuda::query

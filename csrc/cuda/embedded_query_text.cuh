@@ -49,7 +49,9 @@ __device__ inline void project_normalised(const QueryParams<T>& p, BRow b_row, i
   product.prefetch();
   grid_dependency_wait();
   const int lane = threadIdx.x % 32;
-  const float2 own = row_statistics(p.parts + hidden_row(lane % 16), p.all_rows(), p.inner, p.eps);
+  const float2* const of_row = p.parts + hidden_row(lane % 16);
+  const float2 own =
+      row_statistics([&](int i) { return of_row[static_cast<int64_t>(i) * p.all_rows()]; }, p.inner, p.eps);
   const auto statistics_of = [&](int row) -> float2 {
     return {__shfl_sync(kFullWarp, own.x, row), __shfl_sync(kFullWarp, own.y, row)};
   };

@@ -1,4 +1,4 @@
-// Products of many rows: a block's tile of Rows x 64, C = A B, operands through a ring of shared memory stages.
+// Products of many rows: a block's tile of Rows x Columns, C = A B, operands through a ring of shared memory stages.
 //
 // A warp takes 16 rows and 32 columns. A stage holds 64 numbers along k of both operands in rows of 128 bytes, whose
 // 16-byte pieces are exchanged so that eight rows' pieces use all banks.
@@ -10,17 +10,19 @@ namespace flashsloth::cuda {
 
 enum class BLayout { columns_by_k, k_by_columns };  // which index of B is contiguous: the second
 
-template <class T, int Rows, BLayout Layout>
+template <class T, int Rows, int Columns, BLayout Layout>
 struct TileGemm {
-  static constexpr int kRows = Rows, kColumns = 64, kDepth = 64, kStages = 4;
-  static constexpr int kThreads = Rows / 16 * 2 * 32;
-  static constexpr int kStageBytes = (kRows + kColumns) * 128;
+  static constexpr int kRows = Rows, kColumns = Columns, kDepth = 64, kStages = 4;
+  static constexpr int kWarpsAcross = Columns / 32, kThreads = Rows / 16 * kWarpsAcross * 32;
+  static constexpr int kBRows = Layout == BLayout::columns_by_k ? kColumns : kDepth;  // of a stage
+  static constexpr int kStageBytes = (kRows + kBRows) * 128;
+  static_assert(Layout == BLayout::columns_by_k || kColumns == 64, "rows of a stage are 128 bytes");
   static constexpr int kSharedBytes = kStages * kStageBytes;
   using Accumulator = float[4][4];  // [8 columns][as mma_m16n8k16 says]
 
   // Where this thread's accumulator lies in the tile: rows row() and row() + 8, columns column(j) and the next.
-  __device__ static int row() { return threadIdx.x / 64 * 16 + threadIdx.x % 32 / 4; }
-  __device__ static int column(int j) { return threadIdx.x / 32 % 2 * 32 + 8 * j + threadIdx.x % 4 * 2; }
+  __device__ static int row() { return warp() / kWarpsAcross * 16 + threadIdx.x % 32 / 4; }
+  __device__ static int column(int j) { return warp() % kWarpsAcross * 32 + 8 * j + threadIdx.x % 4 * 2; }
 
   // acc += A B over k in [0, depth). a_row(m), and by layout b_row(n) or b_row(k): where that row of the operand
   // begins, or null: zeros. `width`: numbers in rows of B where they are not along k. Depth and width are multiples of
@@ -38,7 +40,7 @@ struct TileGemm {
       });
     };
     const auto load_b = [&](int step) {
-      load<64>(stage(step) + kRows * 128, [&](int row) -> const T* {
+      load<kBRows>(stage(step) + kRows * 128, [&](int row) -> const T* {
         const int k = step * kDepth + (Layout == BLayout::columns_by_k ? piece() * 8 : row);
         const int column = Layout == BLayout::columns_by_k ? row : piece() * 8;
         if (k >= depth || (Layout == BLayout::k_by_columns && column >= width)) return nullptr;
@@ -64,6 +66,7 @@ struct TileGemm {
   }
 
  private:
+  __device__ static int warp() { return threadIdx.x / 32; }
   __device__ static int piece() { return threadIdx.x % 8; }
   __device__ static uint32_t swizzled(int row, int piece) {
     return static_cast<uint32_t>(row * 128 + (piece ^ (row % 8)) * 16);
@@ -83,7 +86,8 @@ struct TileGemm {
   }
 
   __device__ static void multiply(Accumulator& acc, uint32_t stage) {
-    const int lane = threadIdx.x % 32, first_row = threadIdx.x / 64 * 16, first_column = threadIdx.x / 32 % 2 * 32;
+    const int lane = threadIdx.x % 32, first_row = warp() / kWarpsAcross * 16,
+              first_column = warp() % kWarpsAcross * 32;
     const uint32_t b_stage = stage + kRows * 128;
 #pragma unroll
     for (int k = 0; k < kDepth / 16; ++k) {
