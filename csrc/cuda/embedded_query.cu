@@ -187,7 +187,12 @@ QueryParams<T> params(const EmbeddedQueryForward& args, Scratch& scratch) {
 
 template <class T>
 void read_text(Chain& chain, const QueryParams<T>& p) {
-  if (p.all_rows() <= kFewRows) {
+  using Cluster = RowsClusterTile<T>;
+  if (p.all_rows() <= 2 * Cluster::kRows && runs_sm90a()) {
+    chain.run("embedded_query_rows_cluster_kernel", embedded_query_rows_cluster_kernel<T>,
+              dim3(Cluster::kParts, divide_up(p.inner, Cluster::kColumns), divide_up(p.all_rows(), Cluster::kRows)),
+              Cluster::kThreads, Cluster::kSharedBytes, p, dim3(Cluster::kParts));
+  } else if (p.all_rows() <= kFewRows) {
     using Gemm = RowsGemm<T>;
     chain.run("embedded_query_rows_kernel", embedded_query_rows_kernel<T>,
               dim3(divide_up(p.inner, Gemm::kColumns), divide_up(p.all_rows(), Gemm::kRows)), Gemm::kThreads,

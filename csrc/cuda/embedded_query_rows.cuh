@@ -144,6 +144,89 @@ __global__ void __launch_bounds__(kStatisticsThreads)
 
 // ---- Query and text ----
 
+namespace detail {
+
+// Two columns of a row of hidden, without their bias, from the 16 lanes that have the row's columns from `first`.
+template <class T>
+__device__ inline void store_projected(const QueryParams<T>& p, int row, int first, float2 sum) {
+  const int column = first + threadIdx.x % 16 * 2;
+  const bool there = row < p.all_rows() && column < p.inner;
+  if (there && source_row(p, row) != nullptr) {
+    const float2 bias = load_pair(p.params[kDownBias] + column);
+    sum.x += bias.x;
+    sum.y += bias.y;
+  } else {
+    sum = {0.0f, 0.0f};
+  }
+  const float2 rounded = unpack2<T>(pack2<T>(sum.x, sum.y));
+  const float v[2] = {rounded.x, rounded.y};
+  const float2 own = part_statistics<16>(v, min(kPartColumns, p.inner - first), [&](int) { return column < p.inner; });
+  if (!there) return;
+  const int64_t at = static_cast<int64_t>(row) * p.inner + column;
+  store_pair(p.hidden_rows + at, rounded);
+  if (p.hidden != nullptr) *reinterpret_cast<float2*>(p.hidden + at) = sum;
+  if (column == first) p.parts[static_cast<int64_t>(first / kPartColumns) * p.all_rows() + row] = own;
+}
+
+}  // namespace detail
+
+// Few rows on sm_90: a tile has them all, or half, so that their weights are read once or twice. The blocks of a
+// cluster split the product along k, and add up in shared memory.
+template <class T>
+struct RowsClusterTile : TileGemm<T, 80, kPartColumns, BLayout::columns_by_k> {
+  using Gemm = TileGemm<T, 80, kPartColumns, BLayout::columns_by_k>;
+  static constexpr int kParts = 8, kOwnRows = Gemm::kRows / kParts;
+  static constexpr int kSharedBytes = Gemm::kSharedBytes + 4 * Gemm::kRows * Gemm::kColumns;
+  static_assert(Gemm::kThreads == 16 * kOwnRows, "a pair of columns a thread");
+};
+
+// Block (x, y, z): part x along k of columns from 32 y of rows from 80 z of hidden. Rows past the last text row become
+// zeros.
+template <class T>
+__global__ void __launch_bounds__(RowsClusterTile<T>::kThreads)
+    embedded_query_rows_cluster_kernel(const __grid_constant__ QueryParams<T> p) {
+  if constexpr (kHasSm90a) {
+    using Tile = RowsClusterTile<T>;
+    grid_dependency_launch();
+    const int rank = blockIdx.x, first_column = blockIdx.y * Tile::kColumns, first_row = blockIdx.z * Tile::kRows;
+    const int size = divide_up(divide_up(p.model, Tile::kParts), Tile::kDepth) * Tile::kDepth, first = rank * size;
+    float acc[4][4] = {};
+    Tile::run(
+        acc, min(size, p.model - first), 0,
+        [&](int m) {
+          const T* const row = source_row(p, first_row + m);
+          return row == nullptr ? nullptr : row + first;
+        },
+        [&](int n) -> const T* {
+          const int column = first_column + n;
+          return column < p.inner ? p.params[kDown] + static_cast<int64_t>(column) * p.model + first : nullptr;
+        },
+        [](int) {});
+
+    float* const sums = reinterpret_cast<float*>(dynamic_shared() + Tile::Gemm::kSharedBytes);  // (rows, columns)
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+#pragma unroll
+      for (int upper = 0; upper < 2; ++upper)
+        *reinterpret_cast<float2*>(sums + (Tile::row() + 8 * upper) * Tile::kColumns + Tile::column(j)) = {
+            acc[j][2 * upper], acc[j][2 * upper + 1]};
+    }
+    cluster_sync();
+    const int row = rank * Tile::kOwnRows + static_cast<int>(threadIdx.x) / 16;
+    const uint32_t own = shared_address(sums + row * Tile::kColumns + threadIdx.x % 16 * 2);
+    float2 sum = {0.0f, 0.0f};
+#pragma unroll
+    for (int part = 0; part < Tile::kParts; ++part) {
+      const uint32_t remote = cluster_address(own, part);
+      sum.x += load_cluster(remote);
+      sum.y += load_cluster(remote + 4);
+    }
+    detail::store_projected(p, first_row + row, first_column, sum);
+    cluster_sync();  // nobody ends while its sums are read
+  }
+}
+
+// Few rows on every GPU.
 template <class T>
 using RowsGemm = SkinnyGemm<T, kPartColumns / 8>;
 
@@ -164,28 +247,11 @@ __global__ void __launch_bounds__(RowsGemm<T>::kThreads)
     return row != nullptr ? row : p.query;
   });
 
-  float2 sum = Gemm::add(acc, reinterpret_cast<float*>(dynamic_shared()));
-  const int row = first_row + Gemm::row(), column = first_column + Gemm::column();
-  const bool there = row < p.all_rows() && column < p.inner;
-  if (there && source_row(p, row) != nullptr) {
-    const float2 bias = load_pair(p.params[kDownBias] + column);
-    sum.x += bias.x;
-    sum.y += bias.y;
-  } else {
-    sum = {0.0f, 0.0f};
-  }
-  const float2 rounded = unpack2<T>(pack2<T>(sum.x, sum.y));
-  const float v[2] = {rounded.x, rounded.y};
-  const float2 own = part_statistics<Gemm::kPairs>(v, min(kPartColumns, p.inner - first_column),
-                                                   [&](int) { return column < p.inner; });
-  if (!there) return;
-  const int64_t at = static_cast<int64_t>(row) * p.inner + column;
-  store_pair(p.hidden_rows + at, rounded);
-  if (p.hidden != nullptr) *reinterpret_cast<float2*>(p.hidden + at) = sum;
-  if (Gemm::column() == 0) p.parts[static_cast<int64_t>(blockIdx.x) * p.all_rows() + row] = own;
+  const float2 sum = Gemm::add(acc, reinterpret_cast<float*>(dynamic_shared()));
+  detail::store_projected(p, first_row + Gemm::row(), first_column, sum);
 }
 
-// The same for many rows.
+// Many rows.
 template <class T>
 __global__ void __launch_bounds__(RowsTile<T>::kThreads)
     embedded_query_many_rows_kernel(const __grid_constant__ QueryParams<T> p) {

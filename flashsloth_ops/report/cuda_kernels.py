@@ -36,6 +36,9 @@ class Kernel(NamedTuple):
 KERNELS = {
     "image_state_cluster_kernel": Kernel("embedded_query.cu", "query::StateTile<bf16>::kSharedBytes", "HMMA", (90,)),
     "image_state_project_kernel": Kernel("embedded_query.cu", "query::RowsTile<bf16>::kSharedBytes", "HMMA"),
+    "embedded_query_rows_cluster_kernel": Kernel(
+        "embedded_query.cu", "query::RowsClusterTile<bf16>::kSharedBytes", "HMMA", (90,)
+    ),
     "embedded_query_rows_kernel": Kernel("embedded_query.cu", "query::RowsGemm<bf16>::kSharedBytes", "HMMA"),
     "embedded_query_many_rows_kernel": Kernel("embedded_query.cu", "query::RowsTile<bf16>::kSharedBytes", "HMMA"),
     "embedded_query_text_kernel": Kernel(

@@ -83,7 +83,7 @@ def raw(inputs: list[Tensor], place: Place, lengths: list[int] | None, heads: in
 # divides, more than one tile of keys, of queries, of text rows; text rows enough for the kernel of many rows.
 CASES: tuple[tuple[tuple[int, int, int], list[int] | None, dict[str, int], int], ...] = (
     ((1, 1, 70), None, {"queries": 9, "text": 33, "inner": 72, "dim": 144, "model": 80}, 4),
-    ((2, 1, 130), [6, 4], {"queries": 5, "model": 48, "inner": 64, "dim": 96}, 4),
+    ((2, 1, 130), [6, 4], {"queries": 5, "model": 600, "inner": 64, "dim": 96}, 4),
     ((4, 2, 50), [0, 6, 3, 6], {"inner": 24, "dim": 32}, 4),
     ((1, 1, 65), [70], {"queries": 18, "text": 70, "inner": 96, "dim": 72}, 2),
     ((3, 3, 9), [60, 0, 64], {"text": 64, "inner": 40, "dim": 64}, 8),
@@ -117,7 +117,7 @@ def test_batches(batch: int, place: Place) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_state_is_the_projection_and_its_statistics(dtype: torch.dtype, place: Place) -> None:
-    for tokens, inner, dim in ((1, 8, 8), (70, 72, 136), (130, 200, 64)):
+    for tokens, inner, dim in ((1, 8, 8), (70, 72, 136), (130, 200, 64), (3, 784, 16)):
         _, _, image, *weights = small(2, 2, tokens, dtype=dtype, inner=inner, dim=dim, seed=inner)
         params = EmbeddedQueryParams(*weights)
         on_device = EmbeddedQueryParams(*(p.to(place.device) for p in params))
