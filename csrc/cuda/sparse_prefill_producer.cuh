@@ -175,7 +175,7 @@ class Producer {
       if (tile > 0) next = row_of(tile - 1);  // an index is read long before it is needed
       const bool dropped = row[0] < 0 && lane_ < min(kLoadedKeys, seen - tile * kKeys - first);
       const bool whole = __all_sync(kFullWarp, row[0] >= 0 || lane_ >= kLoadedKeys);
-      const uint32_t stage = key_.stage;
+      const uint32_t stage = __shfl_sync(kFullWarp, key_.stage, 0);  // broadcast: one address a warp
 
       mbarrier_wait(shared_address(&barriers_.key_empty[stage]), key_.parity ^ 1);
       const uint32_t key_full = shared_address(&barriers_.key_full[stage]);
