@@ -94,6 +94,7 @@ __global__ void __launch_bounds__(StateTile<T>::kThreads)
         [&](int part, int row, float2 own) {
           parts[(part - rank * Tile::kParts) * Tile::kRows + row - first_row] = own;
         });
+    __syncwarp();  // the barrier of a cluster takes whole warps
     cluster_sync();
     // 16 rows a warp, of as many blocks as it takes.
     const int group = rank + static_cast<int>(threadIdx.x) / 32 * blocks, in_tile = 16 * group + threadIdx.x % 16;
@@ -111,6 +112,7 @@ __global__ void __launch_bounds__(StateTile<T>::kThreads)
         p.rstd[row] = statistics.y;
       }
     }
+    __syncwarp();
     cluster_sync();  // nobody ends while its parts are read
   }
 }
@@ -222,6 +224,7 @@ __global__ void __launch_bounds__(RowsClusterTile<T>::kThreads)
       sum.y += load_cluster(remote + 4);
     }
     detail::store_projected(p, first_row + row, first_column, sum);
+    __syncwarp();
     cluster_sync();  // nobody ends while its sums are read
   }
 }
