@@ -149,10 +149,10 @@ def read_text(normed: Tensor, lengths: Tensor | None, p: Params, s: Sizes, told:
 
 
 def head_group(s: Sizes, like: Tensor) -> Config:
-    """Heads that one program of the text side takes: few while that fills the GPU, then as many as 128 columns hold."""
-    heads = 1
+    """Heads that one program of the text side takes: one while that fills the GPU, then as many as its columns hold."""
+    heads, columns = 1, 64 if like.dtype == torch.float32 else 128
     while (
-        2 * heads * s.head_dim <= 128
+        2 * heads * s.head_dim <= columns
         and 2 * heads <= s.heads
         and s.batch * ceil_div(s.heads, 2 * heads) >= gpu(like.device).multiprocessors
     ):
