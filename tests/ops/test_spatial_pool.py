@@ -207,6 +207,30 @@ def check_shape(
         torch.testing.assert_close(got, expected.float(), rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("place", TRITON)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_every_tile(place: Place, dropout: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heuristics choose the large ones for batches that no interpreter finishes."""
+    from flashsloth_ops.triton import spatial_pool as module
+
+    inputs = make((2, 70), 48, 150, torch.float16)
+
+    def run(*args: Tensor) -> Any:
+        with fixed_seed(5):
+            return spatial_attention_pool(*args, grid=(10, 7), window=6, dropout_p=dropout, training=True)
+
+    with use_backend("reference"):
+        plain, plain_grads = gradients(run, inputs)
+        exact, exact_grads = gradients(run, [t.double() for t in inputs])
+    for tile in {*module.SCORES, *module.GRADIENTS}:
+        monkeypatch.setattr(module, "choose", lambda *args, tile=tile: tile.config(inputs[0]))
+        with place:
+            fused, grads = gradients(run, inputs, device=place.device)
+        assert_error_rule(fused[0], plain[0], exact[0], torch.float16, f"y, {tile}")
+        for got, p, e in zip(grads[:4], plain_grads, exact_grads, strict=False):
+            assert_error_rule(got, p, e, torch.float16, f"gradient, {tile}")
+
+
 @pytest.mark.parametrize("place", PLACES)
 def test_packed_equals_images_one_by_one(place: Place) -> None:
     sizes = [(4, 6), (7, 3), (0, 5), (1, 1)]
