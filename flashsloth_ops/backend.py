@@ -51,8 +51,11 @@ class Rule:
     max_head_dim: int | None = None
     head_dims: tuple[int, ...] | None = None
     max_batch: int | None = None
+    widths_divide_by: int = 1
 
-    def why_not(self, device: str, dtype: torch.dtype, *, head_dim: int = 0, batch: int = 0) -> str | None:
+    def why_not(
+        self, device: str, dtype: torch.dtype, *, head_dim: int = 0, batch: int = 0, widths: tuple[int, ...] = ()
+    ) -> str | None:
         """Why this rule does not serve such a call; None when it does."""
         if self.devices is not None and device not in self.devices:
             return self.missing(device) or f"serves {' and '.join(self.devices)} tensors, got {device}"
@@ -64,15 +67,22 @@ class Rule:
             return f"serves head sizes {' and '.join(map(str, self.head_dims))}, got {head_dim}"
         if self.max_batch is not None and batch > self.max_batch:
             return f"serves batches to {self.max_batch}, got {batch}"
+        if any(width % self.widths_divide_by for width in widths):
+            return f"serves widths that divide by {self.widths_divide_by}, got {', '.join(map(str, widths))}"
         return self.missing(device)
 
     def limits(self) -> str:
         """What it serves beyond devices and dtypes, for the table."""
+        found = []
         if self.head_dims is not None:
-            return f"head sizes {' and '.join(map(str, self.head_dims))}"
+            found.append(f"head sizes {' and '.join(map(str, self.head_dims))}")
         if self.max_head_dim is not None:
-            return f"head size to {self.max_head_dim}"
-        return "" if self.max_batch is None else f"batch to {self.max_batch}"
+            found.append(f"head size to {self.max_head_dim}")
+        if self.max_batch is not None:
+            found.append(f"batch to {self.max_batch}")
+        if self.widths_divide_by > 1:
+            found.append(f"widths that divide by {self.widths_divide_by}")
+        return ", ".join(found)
 
 
 def extension_missing(device: str) -> str | None:
@@ -112,7 +122,16 @@ RULES: tuple[Rule, ...] = (
     Rule("embedded_query", "cpu", ("cpu",), FLOATS, extension_missing),
     Rule("sparse_prefill", "cpu", ("cpu",), FLOATS, extension_missing, max_head_dim=256),
     Rule("spatial_pool", "cuda", ("cuda", "cpu"), HALVES, cuda_missing, max_batch=8),
-    Rule("embedded_query", "cuda", ("cuda", "cpu"), HALVES, cuda_missing, max_batch=8),
+    Rule(
+        "embedded_query",
+        "cuda",
+        ("cuda", "cpu"),
+        HALVES,
+        cuda_missing,
+        max_head_dim=128,
+        max_batch=8,
+        widths_divide_by=8,
+    ),
     Rule("sparse_prefill", "cuda", ("cuda", "cpu"), HALVES, hopper_missing, head_dims=(72, 80)),
     Rule("spatial_pool", "triton", ("cuda", "cpu"), NARROW, triton_missing),
     Rule("embedded_query", "triton", ("cuda", "cpu"), NARROW, triton_missing),
@@ -158,7 +177,7 @@ def use_backend(name: str) -> Iterator[None]:
         _local.forced = before
 
 
-def select(op: str, tensor: Tensor, *, head_dim: int = 0, batch: int = 0) -> str:
+def select(op: str, tensor: Tensor, *, head_dim: int = 0, batch: int = 0, widths: tuple[int, ...] = ()) -> str:
     """The backend that serves ``op`` on tensors like this one."""
     device, dtype = tensor.device.type, tensor.dtype
     forced = getattr(_local, "forced", None) or _environment
@@ -166,7 +185,7 @@ def select(op: str, tensor: Tensor, *, head_dim: int = 0, batch: int = 0) -> str
     for rule in RULES:
         if rule.op != op or (forced is not None and rule.backend != forced):
             continue
-        reason = rule.why_not(device, dtype, head_dim=head_dim, batch=batch)
+        reason = rule.why_not(device, dtype, head_dim=head_dim, batch=batch, widths=widths)
         if reason is None and forced is None:
             reason = _only_when_forced(rule, tensor)
         if reason is None:

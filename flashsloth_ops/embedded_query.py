@@ -132,7 +132,7 @@ class ImageState(NamedTuple):
         check.like("down_image_bias", bias, image, "image")
         check.shape("down_image_weight", weight, ("E", image.shape[2]), " with the Di of image")
         check.shape("down_image_bias", bias, (weight.shape[0],))
-        chosen = backend.select("embedded_query", image, batch=image.shape[0])
+        chosen = backend.select("embedded_query", image, batch=image.shape[0], widths=tuple(weight.shape))
         backend.log_call("image_state", chosen, image=image, weight=weight)
         if chosen == "reference":
             return cls(*_plain_state(image, weight, bias, eps))
@@ -190,7 +190,14 @@ def embedded_query_attention(
     _check_inputs(query, text, image, params, num_heads)
     lengths = None if text_lengths is None else _check_lengths(text_lengths, text)
 
-    chosen = backend.select("embedded_query", query, batch=query.shape[0])
+    inner, model = params.down_text_weight.shape
+    chosen = backend.select(
+        "embedded_query",
+        query,
+        head_dim=inner // num_heads,
+        batch=query.shape[0],
+        widths=(model, inner, image.shape[2]),
+    )
     if image_state is None:
         state = ImageState.from_image(image, params, eps=eps)
     else:

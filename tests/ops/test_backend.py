@@ -163,3 +163,15 @@ print(after - before, len(runtimes))
     result = python(code)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == ["0", "1"]
+
+
+def test_rules_say_which_size_they_do_not_serve() -> None:
+    rules = {(rule.op, rule.backend): rule for rule in backend.RULES}
+    half, query = torch.bfloat16, rules["embedded_query", "cuda"]
+    assert query.why_not("cuda", half, batch=9) == "serves batches to 8, got 9"
+    assert query.why_not("cuda", half, widths=(2560, 577)) == "serves widths that divide by 8, got 2560, 577"
+    assert query.why_not("cuda", torch.float32) == "serves bfloat16, float16, got float32"
+    prefill = rules["sparse_prefill", "cuda"]
+    assert prefill.why_not("cuda", half, head_dim=64) == "serves head sizes 72 and 80, got 64"
+    assert rules["sparse_prefill", "triton"].why_not("cuda", half, head_dim=320) == "serves head sizes to 256, got 320"
+    assert query.limits() == "head size to 128, batch to 8, widths that divide by 8"
