@@ -310,13 +310,27 @@ def test_errors_come_before_the_launch(place: Place) -> None:
     with pytest.raises(BackendError, match="cuda: serves batches to 8, got 9"):
         ask(small(9, 9, 9), place)
     for sizes, heads, message in (
-        ({"model": 20}, 4, "embedded_query: Dm: expected a multiple of 8 in the CUDA kernels, got 20"),
-        ({"inner": 12}, 4, "image_state: E: expected a multiple of 8 in the CUDA kernels, got 12"),
-        ({"dim": 36}, 4, "image_state: Di: expected a multiple of 8 in the CUDA kernels, got 36"),
-        ({"inner": 136}, 1, "embedded_query: num_heads: expected E / heads to 128, got 136"),
+        ({"model": 20}, 4, "cuda: serves widths that divide by 8, got 20, "),
+        ({"inner": 12}, 4, "cuda: serves widths that divide by 8, got 24, 12, 48"),
+        ({"dim": 36}, 4, r"cuda: serves widths that divide by 8, got 24, \d+, 36"),
+        ({"inner": 136}, 1, "cuda: serves head sizes to 128, got 136"),
     ):
-        with pytest.raises(RuntimeError, match=re.escape(message)):
+        with pytest.raises(BackendError, match=message):
             ask(small(1, 1, 9, **sizes), place, heads=heads)
+
+
+def test_kernels_name_the_limit_in_raw_calls(place: Place) -> None:
+    image, weight, bias = (torch.randn(s, device=place.device).bfloat16() for s in ((1, 9, 36), (16, 36), (16,)))
+    message = "image_state: Di: expected a multiple of 8 in the CUDA kernels, got 36"
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        torch.ops.flashsloth.image_state.cuda(image, weight, bias, 1e-5)
+    query, text, image, *weights = (t.to(place.device) for t in small(1, 1, 9, inner=136))
+    params = EmbeddedQueryParams(*weights)
+    state = torch.ops.flashsloth.image_state.cuda(image, *params[2:4], 1e-5)
+    with pytest.raises(RuntimeError, match=re.escape("embedded_query: num_heads: expected E / heads to 128, got 136")):
+        torch.ops.flashsloth.embedded_query.cuda(
+            query, text, None, image, *state, params._kernel_params(), 1, 1e-5, False, False
+        )
 
 
 def test_raw_ops_refuse_what_does_not_fit(place: Place) -> None:
