@@ -49,7 +49,7 @@ def sparse_prefill(
     def run(config: Config) -> None:
         _attention(call, config, q, k, v, out, lse)
 
-    run(tiles.choose("attention_kernel", call, tiles.forward(call), run))
+    run(tiles.choose("attention_kernel", call, run))
     importance = q.new_empty(0, dtype=torch.float32)
     if importance_rows is not None:
         importance = _importance(call, tiles.importance(call), q, k, lse, importance_rows.contiguous())
@@ -84,8 +84,8 @@ def sparse_prefill_backward(
     def run_dkdv(config: Config) -> None:
         _dkdv(call, config, q, k, v, dout, lse, delta, dk, dv)
 
-    run_dq(tiles.choose("dq_kernel", call, tiles.dq(call), run_dq))
-    run_dkdv(tiles.choose("dkdv_kernel", call, tiles.dkdv(call), run_dkdv))
+    run_dq(tiles.choose("dq_kernel", call, run_dq))
+    run_dkdv(tiles.choose("dkdv_kernel", call, run_dkdv))
     return dq, dk, dv
 
 
@@ -106,7 +106,7 @@ def _attention(call: Call, config: Config, q: Tensor, k: Tensor, v: Tensor, out:
         q, k, v, out, lse, partial, partial_lse,
         *call.queries.arguments, *call.keys.arguments, *strides, *strides_of_rows(lse),
         *call.order(blocks), fill_blocks, call.scale, splits,
-        **constants, SPLIT=splits > 1, FILL=fill_blocks > 0, **config,
+        **constants, **tiles.precision(call), SPLIT=splits > 1, FILL=fill_blocks > 0, **config,
     )  # fmt: skip
     if splits > 1:
         launch(
@@ -114,7 +114,7 @@ def _attention(call: Call, config: Config, q: Tensor, k: Tensor, v: Tensor, out:
             (programs,),
             out, lse, partial, partial_lse,
             *call.queries.arguments, *strides[-3:], *strides_of_rows(lse), *call.order(blocks), splits,
-            **_without(constants, "WIDE", "CAUSAL", "SAME", "PRECISION"), BLOCK_M=block_m, num_warps=4,
+            **_without(constants, "WIDE", "CAUSAL", "SAME"), BLOCK_M=block_m, num_warps=4,
         )  # fmt: skip
 
 
@@ -132,7 +132,7 @@ def _importance(call: Call, config: Config, q: Tensor, k: Tensor, lse: Tensor, l
         q, k, lse, listed, partial,
         *call.queries.arguments, *call.keys.arguments, *strides, *strides_of_rows(lse),
         listed.stride(0) if listed.dim() == 2 else 0, listed.shape[-1], *call.order(blocks), call.scale,
-        **_without(constants, "WIDE", "BASE2"), **config,
+        **_without(constants, "WIDE", "BASE2"), **tiles.precision(call), **config,
     )  # fmt: skip
     launch(
         importance_sum_kernel,
@@ -157,7 +157,7 @@ def _dq(
         q, k, v, out, dout, lse, dlse, delta, dq,
         *call.queries.arguments, *call.keys.arguments, *strides, *strides_of_rows(lse),
         *call.order(blocks), fill_blocks, call.scale,
-        **constants, FILL=fill_blocks > 0, **config,
+        **constants, **tiles.precision(call, backward=True), FILL=fill_blocks > 0, **config,
     )  # fmt: skip
 
 
@@ -174,7 +174,7 @@ def _dkdv(
         q, k, v, dout, lse, delta, dk, dv,
         *call.queries.arguments, *call.keys.arguments, *strides, *strides_of_rows(lse),
         *call.order(blocks), fill_blocks, call.scale,
-        **constants, FILL=fill_blocks > 0, **config,
+        **constants, **tiles.precision(call, backward=True), FILL=fill_blocks > 0, **config,
     )  # fmt: skip
 
 

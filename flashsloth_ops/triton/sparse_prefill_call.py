@@ -111,7 +111,7 @@ class Call(NamedTuple):
         return [s // align for s in strides], {
             "GROUP": self.group, "DIM": self.dim, "D0": d0, "D1": d1, "ALIGN": align, "WIDE": wide,
             "CAUSAL": self.causal, "PACKED": self.packed, "SAME": self.queries.ascends_like(self.keys),
-            "PRECISION": "tf32x3" if self.dtype == torch.float32 else "tf32", "BASE2": self.dtype != torch.float32,
+            "BASE2": self.dtype != torch.float32,
         }  # fmt: skip
 
 

@@ -13,16 +13,33 @@ from flashsloth_ops.triton.sparse_prefill_call import Call, head_tiles
 Config = tuning.Config
 
 
-def _config(block_m: int, block_n: int, num_warps: int, num_stages: int, **more: int) -> Config:
-    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": num_stages, **more}
+def _config(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Config:
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": num_stages}
 
 
-def choose(kernel: str, call: Call, heuristic: Config, run: Callable[[Config], object]) -> Config:
+def _attention(block_m: int, block_n: int, num_warps: int, num_stages: int, maxnreg: int = 255) -> Config:
+    """Every candidate names the registers a thread may have, as stored configurations have all names or none."""
+    return {**_config(block_m, block_n, num_warps, num_stages), "maxnreg": maxnreg}
+
+
+def choose(kernel: str, call: Call, run: Callable[[Config], object]) -> Config:
+    """The tiles of ``attention_kernel``, ``dq_kernel`` or ``dkdv_kernel``; ``run`` launches it."""
+    if call.device.type == "cpu":
+        return _config(64, 64, 4, 1)  # interpreted: the cost is that of programs and their operations, not of elements
     dtype = str(call.dtype).removeprefix("torch.")
     kind = f"{'causal' if call.causal else 'full'} {'kept' if call.keys.indices is not None else 'dense'}"
     lengths = f"m{tuning.bucket(call.members)} n{tuning.bucket(call.keys.bound)} x{tuning.bucket(call.lists)}"
     key = f"{dtype} d{call.dim} g{call.group} {kind} {lengths}"
-    return tuning.choose(kernel, key, call.device, heuristic, lambda: _SPACES[kernel](call), run)
+    heuristic, space = _KNOWN[kernel]
+    return tuning.choose(kernel, key, call.device, heuristic(call), lambda: space, run)
+
+
+def precision(call: Call, backward: bool = False) -> dict[str, str]:
+    """How products of fp32 are taken: by tensor cores in three passes of tf32, or by plain multiply-adds where parts of
+    the operands do not fit in registers (wide heads, and backward, which holds two operands)."""
+    if call.dtype != torch.float32:
+        return {"PRECISION": "tf32"}  # products of 16-bit inputs are exact
+    return {"PRECISION": "ieee" if backward or sum(head_tiles(call.dim)) > 128 else "tf32x3"}
 
 
 def forward(call: Call) -> Config:
@@ -34,42 +51,44 @@ def forward(call: Call) -> Config:
     width, kept = sum(head_tiles(call.dim)), call.keys.indices is not None
     capability, multiprocessors, _ = gpu(call.device)
     if call.dtype == torch.float32:
-        return _config(64, 32, 4, 2) if width <= 128 else _config(32, 32, 4, 2)
+        return _attention(16, 32, 8, 2) if width > 128 else _attention(64 if width <= 96 else 32, 32, 4, 2)
     if call.members <= 32:
-        return _config(16 if call.members <= 16 else 32, 64, 4, 3)
+        return _attention(16 if call.members <= 16 else 32, 64, 4, 3)
     if -(-call.members // 128) * call.lists < multiprocessors:
-        return _config(64, 64, 4, 3) if width <= 128 else _config(64, 32, 4, 2)
+        return _attention(64, 64, 4, 3) if width <= 128 else _attention(64, 32, 4, 2)
     if capability < (9, 0):
-        return _config(128, 64, 8, 2) if width <= 128 else _config(64, 32, 4, 2)
+        return _attention(128, 64, 8, 2) if width <= 128 else _attention(64, 32, 4, 2)
     if width <= 80:
-        return _config(128, 64, 8, 3, maxnreg=128)
+        return _attention(128, 64, 8, 3, maxnreg=128)
     if width <= 128:
-        return _config(128, 128, 8, 3 if kept else 2)  # with an index, one stage is for the index
-    return _config(128, 32 if kept else 64, 8, 2)
+        return _attention(128, 128, 8, 3 if kept else 2)  # with an index, one stage is for the index
+    return _attention(128, 32 if kept else 64, 8, 2)
 
 
 def dq(call: Call) -> Config:
     width = sum(head_tiles(call.dim))
     if call.dtype == torch.float32:
-        return _config(32, 32, 4, 2) if width <= 128 else _config(16, 32, 4, 1)
+        return _config(32 if width <= 80 else 16, 32, 8, 2)
     if width <= 96:
         return _config(64, 64, 4, 3)
     return _config(64, 64, 4, 2) if width <= 128 else _config(64, 32, 8, 2)
 
 
 def dkdv(call: Call) -> Config:
+    """Two accumulators: the wider the head, the fewer queries at a time."""
     width = sum(head_tiles(call.dim))
     if call.dtype == torch.float32:
-        return _config(32, 32, 4, 2) if width <= 128 else _config(16, 32, 4, 1)
+        return _config(32 if width <= 80 else 16, 32, 8, 2)
     if width > 128:
-        return _config(32, 64, 8, 3)
-    if -(-call.keys.bound // 128) * call.lists < gpu(call.device).multiprocessors:
-        return _config(32, 64, 4, 2)
-    return _config(64, 128, 8, 2)
+        return _config(16, 64, 8, 2)
+    capability, multiprocessors, _ = gpu(call.device)
+    if capability < (9, 0) or -(-call.keys.bound // 128) * call.lists < multiprocessors:
+        return _config(32, 64, 4 if width <= 96 or capability < (9, 0) else 8, 2)
+    return _config(64 if width <= 96 else 32, 128, 8, 2)
 
 
 def importance(call: Call) -> Config:
-    return _config(16, 64, 4, 2)
+    return _config(16, 32 if call.dtype == torch.float32 else 64, 4, 2)
 
 
 def splits(call: Call, programs: int) -> int:
@@ -78,25 +97,24 @@ def splits(call: Call, programs: int) -> int:
     return max(1, min(wanted, call.keys.bound // 256))
 
 
-_SPACES: dict[str, Callable[[Call], list[Config]]] = {
-    "attention_kernel": lambda call: [
-        _config(64, 64, 4, 3),
-        _config(128, 64, 4, 3),
-        _config(128, 64, 8, 3),
-        _config(128, 64, 8, 3, maxnreg=128),
-        _config(128, 128, 8, 2),
-        _config(128, 128, 8, 3),
-    ],
-    "dq_kernel": lambda call: [
-        _config(64, 64, 4, 2),
-        _config(64, 64, 4, 3),
-        _config(128, 32, 8, 3),
-        _config(128, 64, 8, 2),
-    ],
-    "dkdv_kernel": lambda call: [
-        _config(32, 64, 4, 2),
-        _config(64, 64, 4, 2),
-        _config(32, 128, 8, 2),
-        _config(64, 128, 8, 2),
-    ],
+_KNOWN: dict[str, tuple[Callable[[Call], Config], list[Config]]] = {
+    "attention_kernel": (
+        forward,
+        [
+            _attention(64, 64, 4, 3),
+            _attention(128, 64, 4, 3),
+            _attention(128, 64, 8, 3),
+            _attention(128, 64, 8, 3, maxnreg=128),
+            _attention(128, 128, 8, 2),
+            _attention(128, 128, 8, 3),
+        ],
+    ),
+    "dq_kernel": (
+        dq,
+        [_config(64, 64, 4, 2), _config(64, 64, 4, 3), _config(128, 32, 8, 3), _config(128, 64, 8, 2)],
+    ),
+    "dkdv_kernel": (
+        dkdv,
+        [_config(32, 64, 4, 2), _config(64, 64, 4, 2), _config(32, 128, 8, 2), _config(64, 128, 8, 2)],
+    ),
 }
