@@ -146,7 +146,7 @@ def comparable(row: Row, now: dict[str, str], before: dict[str, str]) -> bool:
 def changes(row: Row, before: Row) -> list[str]:
     """What differs, in words: ``registers 96 -> 104``."""
     found = []
-    for name in ("registers", "stack", "spilled", "spilled_in_loops", "shared", "blocks", "warps", "tensor", "error"):
+    for name in ("variant", "registers", "stack", "spilled", "spilled_in_loops", "shared", "blocks", "warps", "tensor", "error"):
         old, new = getattr(before, name), getattr(row, name)
         if name.startswith("spilled"):
             old, new = _pair(old), _pair(new)
@@ -158,12 +158,13 @@ def changes(row: Row, before: Row) -> list[str]:
 def worse(row: Row, before: Row) -> list[str]:
     """Changes that cost time: more spilled, fewer warps that fit, or a lesser kind of tensor-core instruction.
 
-    More registers alone do not matter, as long as as many warps fit.
+    More registers alone do not matter, as long as as many warps fit. Nor do fewer warps of another configuration: that
+    is a choice, not the compiler's.
     """
     found = []
     if sum(row.spilled) > sum(before.spilled):
         found.append(f"spilled {_pair(before.spilled)} -> {_pair(row.spilled)} bytes")
-    if None not in (row.blocks, before.blocks):
+    if row.variant == before.variant and None not in (row.blocks, before.blocks):
         old, new = (before.blocks or 0) * before.warps, (row.blocks or 0) * row.warps
         if new < old:
             found.append(f"resident warps {old} -> {new}, registers {before.registers} -> {row.registers}")

@@ -38,11 +38,11 @@ class Variant(NamedTuple):
         return (self.kernel.__module__, self.name, *map(str, parts))
 
     def described(self) -> str:
-        """Dtypes of its tensors and values of its constants."""
+        """Dtypes of its tensors, values of its constants, and how deep loads are pipelined."""
         types = dict.fromkeys(t.removeprefix("*") for t in self.signature.values() if t.startswith("*"))
         names = list(self.signature)
         constants = (f"{names[path[0]]}={_short(value)}" for path, value in self.constants.items() if len(path) == 1)
-        return " ".join([*types, *constants])
+        return " ".join([*types, *constants, f"num_stages={self.options['num_stages']}"])
 
 
 def kernels(package: str = "flashsloth_ops.triton") -> dict[str, Any]:

@@ -58,7 +58,7 @@ class TestProbes:
         assert 16 <= row["registers"] <= 255
         assert row["shared"] >= 2 * 64 * 64 * 2  # one stage of both blocks
         assert row["blocks"] >= 1
-        assert row["variant"] == "bf16 M=64 N=64 K=64 PRECISION=tf32"
+        assert row["variant"] == "bf16 M=64 N=64 K=64 PRECISION=tf32 num_stages=3"
 
     @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
     def test_spills_in_a_loop_fail(self, probes: dict[str, Any], arch: str) -> None:
@@ -278,6 +278,7 @@ def test_worse_is_what_costs_time() -> None:
     assert table.changes(replace(GOOD, registers=104), GOOD) == ["registers 96 -> 104"]
     assert table.changes(replace(GOOD, spilled=binary.Local(4, 8)), GOOD) == ["spilled 0 -> 4/8"]
     assert table.worse(replace(GOOD, registers=128, blocks=4), GOOD) == ["resident warps 20 -> 16, registers 96 -> 128"]
+    assert table.worse(replace(GOOD, registers=128, blocks=4, variant="BLOCK=128"), GOOD) == []
     assert table.worse(replace(GOOD, spilled=(4, 8)), GOOD) == ["spilled 0 -> 4/8 bytes"]
     (found,) = table.worse(replace(GOOD, tensor={"HMMA.16816": 32}), GOOD)
     assert found == "tensor-core instructions 4 HGMMA.64x64x16 -> 32 HMMA.16816"
