@@ -146,7 +146,18 @@ def comparable(row: Row, now: dict[str, str], before: dict[str, str]) -> bool:
 def changes(row: Row, before: Row) -> list[str]:
     """What differs, in words: ``registers 96 -> 104``."""
     found = []
-    for name in ("variant", "registers", "stack", "spilled", "spilled_in_loops", "shared", "blocks", "warps", "tensor", "error"):
+    for name in (
+        "variant",
+        "registers",
+        "stack",
+        "spilled",
+        "spilled_in_loops",
+        "shared",
+        "blocks",
+        "warps",
+        "tensor",
+        "error",
+    ):
         old, new = getattr(before, name), getattr(row, name)
         if name.startswith("spilled"):
             old, new = _pair(old), _pair(new)
