@@ -48,10 +48,11 @@ def forward(call: Call) -> Config:
     Head sizes to 80 take 128 registers a thread, so that two blocks of 8 warps share a multiprocessor: one's
     exponentials run beside the other's products.
     """
-    width, kept = sum(head_tiles(call.dim)), call.keys.indices is not None
+    first, second = head_tiles(call.dim)
+    width, kept = first + second, call.keys.indices is not None
     capability, multiprocessors, _ = gpu(call.device)
     if call.dtype == torch.float32:
-        return _attention(16, 32, 8, 2) if width > 128 else _attention(64 if width <= 96 else 32, 32, 4, 2)
+        return _attention(32, 16 if second else 32, 4, 2) if width <= 128 else _attention(16, 16, 8, 2)
     if call.members <= 32:
         return _attention(16 if call.members <= 16 else 32, 64, 4, 3)
     if -(-call.members // 128) * call.lists < multiprocessors:
