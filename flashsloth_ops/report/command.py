@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -125,23 +126,17 @@ def _store(path: Path, rows: list[Row], versions: dict[str, str], only: bool, qu
     table.write(path, rows, versions)
 
 
-# ---- in parallel ----
-
-_work: list[Callable[[], list[Row]]] = []
-
-
 def _parallel(work: list[Callable[[], list[Row]]], jobs: int) -> list[Row]:
-    """The rows in order. Processes, as compilers hold Python's lock; forked, as kernels cannot be sent to others."""
-    global _work
-    _work = work
+    """The rows in order. Processes, as compilers hold Python's lock; fresh ones, as a fork of threads may hang."""
     if jobs == 1 or len(work) < 2:
-        return [row for at in range(len(work)) for row in _do(at)]
-    with multiprocessing.get_context("fork").Pool(min(jobs, len(work))) as pool:
-        return [row for rows in _progress(pool.imap(_do, range(len(work))), len(work)) for row in rows]
+        return [row for one in work for row in one()]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(jobs, len(work)), mp_context=context) as pool:
+        return [row for rows in _progress(pool.map(_do, work), len(work)) for row in rows]
 
 
-def _do(at: int) -> list[Row]:
-    return _work[at]()
+def _do(one: Callable[[], list[Row]]) -> list[Row]:
+    return one()
 
 
 def _progress(results: Iterator[list[Row]], total: int) -> Iterator[list[Row]]:

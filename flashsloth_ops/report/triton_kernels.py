@@ -19,9 +19,10 @@ from flashsloth_ops.triton.launch import Launch, recording
 
 
 class Variant(NamedTuple):
-    """A kernel with the types, constants and options of one launch: what Triton compiles once."""
+    """A kernel with the types, constants and options of one launch: what Triton compiles once. Can go to a process."""
 
-    kernel: Any
+    module: str
+    name: str
     case: str  # the first one that launches it
     signature: dict[str, str]
     constants: dict[tuple[int, ...], Any]
@@ -29,13 +30,13 @@ class Variant(NamedTuple):
     options: dict[str, Any]
 
     @property
-    def name(self) -> str:
-        return str(self.kernel.__name__)
+    def kernel(self) -> Any:
+        return getattr(importlib.import_module(self.module), self.name)
 
     @property
     def key(self) -> tuple[str, ...]:
         parts = (self.signature, self.constants, self.attributes, self.options)
-        return (self.kernel.__module__, self.name, *map(str, parts))
+        return (self.module, self.name, *map(str, parts))
 
     def described(self) -> str:
         """Dtypes of its tensors, values of its constants, and how deep loads are pipelined."""
@@ -90,7 +91,7 @@ def variant(launch: Launch, case: str, on: Architecture) -> Variant:
     keywords = {**launch.options, "debug": False}
     bound, specialization, _ = binder(*launch.args, **keywords)
     options, signature, constants, attributes = kernel._pack_args(backend, keywords, bound, specialization, None)
-    return Variant(kernel, case, signature, constants, attributes, options.__dict__)
+    return Variant(kernel.__module__, kernel.__name__, case, signature, constants, attributes, options.__dict__)
 
 
 def compile_variant(one: Variant, on: Architecture) -> list[Row]:
