@@ -50,20 +50,37 @@ def forward(call: Call) -> Config:
     """
     first, second = head_tiles(call.dim)
     width, kept = first + second, call.keys.indices is not None
-    capability, multiprocessors, _ = gpu(call.device)
+    capability, multiprocessors, shared_bytes = gpu(call.device)
     if call.dtype == torch.float32:
         return _attention(32, 16 if second else 32, 4, 2) if width <= 128 else _attention(16, 16, 8, 2)
     if call.members <= 32:
         return _attention(16 if call.members <= 16 else 32, 64, 4, 3)
-    if -(-call.members // 128) * call.lists < multiprocessors:
-        return _attention(64, 64, 4, 3) if width <= 128 else _attention(64, 32, 4, 2)
+    few = -(-call.members // 128) * call.lists < multiprocessors
+    if few and width <= 128:
+        return _attention(64, 64, 4, 3)
     if capability < (9, 0):
-        return _attention(128, 64, 8, 2) if width <= 128 else _attention(64, 32, 4, 2)
+        return _forward_by_warps(width, kept, shared_bytes)
+    if few:
+        return _attention(64, 32, 4, 2)
     if width <= 80:
         return _attention(128, 64, 8, 3, maxnreg=128)
     if width <= 128:
         return _attention(128, 128, 8, 3 if kept else 2)  # with an index, one stage is for the index
     return _attention(128, 32 if kept else 64, 8, 2)
+
+
+def _forward_by_warps(width: int, kept: bool, shared_bytes: int) -> Config:
+    """Before Hopper each warp has a product of its own.
+
+    Where a tile has at least as many queries as the first column tile has columns, Triton gives a warp its own queries:
+    16, in registers with their output, and the wider the head the fewer keys fit beside them. With fewer queries warps
+    divide the columns, and softmax goes through shared memory: so at 256, where 128 queries would spill.
+    """
+    if width > 192:
+        return _attention(64, 64 if shared_bytes > 104 * 1024 else 32, 8, 2)  # with 32 keys warps repeat scores
+    if width > 128:
+        return _attention(128, 32 if width <= 160 else 16, 8, 3)
+    return _attention(128, 32, 8, 3) if kept and width > 96 else _attention(128, 64, 8, 2)
 
 
 def dq(call: Call) -> Config:
@@ -72,7 +89,9 @@ def dq(call: Call) -> Config:
         return _config(32 if width <= 80 else 16, 32, 8, 2)
     if width <= 96:
         return _config(64, 64, 4, 3)
-    return _config(64, 64, 4, 2) if width <= 128 else _config(64, 32, 8, 2)
+    if width > 128:
+        return _config(64, 32, 8, 2)
+    return _config(128, 32, 8, 3) if gpu(call.device).capability < (9, 0) else _config(64, 64, 4, 2)
 
 
 def dkdv(call: Call) -> Config:
