@@ -114,7 +114,7 @@ def _attention(call: Call, config: Config, q: Tensor, k: Tensor, v: Tensor, out:
             (programs,),
             out, lse, partial, partial_lse,
             *call.queries.arguments, *strides[-3:], *strides_of_rows(lse), *call.order(blocks), splits,
-            **_without(constants, "WIDE", "CAUSAL", "SAME"), BLOCK_M=block_m, num_warps=4,
+            **_without(constants, "WIDE", "CAUSAL", "SAME"), BLOCK_M=block_m, num_warps=8 if block_m > 64 else 4,
         )  # fmt: skip
 
 

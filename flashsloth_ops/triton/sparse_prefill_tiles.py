@@ -59,7 +59,7 @@ def forward(call: Call) -> Config:
     if few and width <= 128:
         return _attention(64, 64, 4, 3)
     if capability < (9, 0):
-        return _forward_by_warps(width, kept, shared_bytes)
+        return _forward_by_warps(call, shared_bytes)
     if few:
         return _attention(64, 32, 4, 2)
     if width <= 80:
@@ -69,18 +69,20 @@ def forward(call: Call) -> Config:
     return _attention(128, 32 if kept else 64, 8, 2)
 
 
-def _forward_by_warps(width: int, kept: bool, shared_bytes: int) -> Config:
+def _forward_by_warps(call: Call, shared_bytes: int) -> Config:
     """Before Hopper each warp has a product of its own.
 
     Where a tile has at least as many queries as the first column tile has columns, Triton gives a warp its own queries:
     16, in registers with their output, and the wider the head the fewer keys fit beside them. With fewer queries warps
     divide the columns, and softmax goes through shared memory: so at 256, where 128 queries would spill.
     """
+    width = sum(head_tiles(call.dim))
     if width > 192:
         return _attention(64, 64 if shared_bytes > 104 * 1024 else 32, 8, 2)  # with 32 keys warps repeat scores
     if width > 128:
         return _attention(128, 32 if width <= 160 else 16, 8, 3)
-    return _attention(128, 32, 8, 3) if kept and width > 96 else _attention(128, 64, 8, 2)
+    whole = call.keys.indices is None and call.dim == width  # neither gathered nor with columns masked
+    return _attention(128, 64, 8, 2) if whole or width <= 96 else _attention(128, 32, 8, 3)
 
 
 def dq(call: Call) -> Config:
