@@ -15,6 +15,17 @@ from typing import NamedTuple
 import torch
 
 
+class Ceilings(NamedTuple):
+    """What a device gives at best: bytes a second of a large copy, read and written, and flops of a large product."""
+
+    bytes_per_second: float
+    flops_per_second: float
+
+    def limit(self, flops: float, moved: float) -> float:
+        """Seconds below which no implementation gets."""
+        return max(flops / self.flops_per_second, moved / self.bytes_per_second)
+
+
 class Quantiles(NamedTuple):
     """The 20th, 50th and 80th percentile of a sample."""
 
@@ -111,3 +122,17 @@ def fixed_threads(count: int | None) -> Iterator[int]:
         yield torch.get_num_threads()
     finally:
         torch.set_num_threads(before)
+
+
+def ceilings() -> Ceilings:
+    """Of this processor in fp32: a copy of 256 MiB, and a product of 2048 x 2048 matrices by the faster of torch's
+    two libraries, which differ by a factor of two on some processors."""
+    source = torch.randn(1 << 26)
+    target = torch.empty_like(source)
+    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    calls: dict[str, Callable[[], object]] = {"copy": lambda: target.copy_(source), "mkl": lambda: torch.mm(a, b)}
+    if torch.backends.mkldnn.is_available():
+        calls["onednn"] = lambda: torch.ops.mkldnn._linear_pointwise(a, b, None, "none", [], "")
+    times = {name: min(sample) for name, sample in interleave(calls, budget=1.0, min_rounds=5).items()}
+    product = min(seconds for name, seconds in times.items() if name != "copy")
+    return Ceilings(2 * source.numel() * source.element_size() / times["copy"], 2 * 2048**3 / product)

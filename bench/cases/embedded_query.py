@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm, linear, pad
 
-from bench.case import OURS, Case, Goal, Inputs, Outputs, Provider, Size, Work
+from bench.case import Case, Goal, Inputs, Outputs, Provider, Size, Work, compiled, ours
 from flashsloth_ops import EmbeddedQueryParams, ImageState, embedded_query_attention
 
-REUSED = f"{OURS}, state reused"
+REUSED = "state reused"
 PLAIN = "plain PyTorch"
 OFFICIAL = "official style"
-SEPARATE = "four separate plain calls"
+SEPARATE = "separate plain calls"
+COMPILED = "torch.compile"
 
 
 def make_params(text: int, image: int, inner: int, generator: torch.Generator) -> EmbeddedQueryParams:
@@ -53,7 +56,7 @@ def work(size: Size) -> Work:
     rows = size["questions"] * size["queries"] * size["heads"]  # attention rows that read each image token
     flops = 2.0 * tokens * (wide * inner + rows * inner + rows * wide)
     weights = 2 * size["text_dim"] * inner + wide * inner + 5 * inner**2 + wide**2 + wide * size["text_dim"]
-    return Work(flops, 4.0 * (tokens * wide + weights))
+    return Work(flops, tokens * wide + weights)
 
 
 def fused(given: Inputs) -> Outputs:
@@ -166,54 +169,87 @@ def _merge(x: Tensor) -> Tensor:
 
 
 FULL = {"queries": 9, "text_tokens": 32, "text_dim": 2560, "image_dim": 1152, "inner": 576, "heads": 32}
-SMALL = {"queries": 3, "text_tokens": 5, "text_dim": 48, "image_dim": 64, "inner": 32, "heads": 4, "tokens": 50}
+OURS = (*ours(fused), *ours(fused, REUSED, with_state))
+SMALL = {"queries": 3, "text_tokens": 5, "text_dim": 48, "image_dim": 64, "inner": 32, "heads": 4}
+SMALL |= {"images": 2, "questions": 1, "tokens": 50}
 
 
-def _batched(tokens: int) -> Case:
+def _case(
+    name: str,
+    title: str,
+    sizes: tuple[dict[str, int], ...],
+    goals: tuple[Goal, ...],
+    peers: tuple[Provider, ...],
+    **rest: Any,
+) -> Case:
+    rest = {"small": SMALL, **rest}
     return Case(
-        name=f"embedded_query/tokens-{tokens}",
+        name=f"embedded_query/{name}",
         op="embedded_query",
-        title=f"query module, {tokens} image tokens, B=8",
+        title=title,
         mode="forward",
-        size=FULL | {"tokens": tokens, "images": 8, "questions": 1},
-        small=SMALL | {"images": 2, "questions": 1},
+        sizes=tuple(FULL | size for size in sizes),
         inputs=inputs,
         work=work,
-        providers=(
-            Provider(OURS, fused, ours=True),
-            Provider(REUSED, fused, prepare=with_state, ours=True),
-            Provider(PLAIN, plain),
-            Provider(OFFICIAL, official),
-        ),
+        providers=(*OURS, *peers),
         exact=plain,
         plain=PLAIN,
-        goals=(
-            Goal("speedup", PLAIN, at_least=1.7),
-            Goal("speedup", PLAIN, at_least=3.0, provider=REUSED),
-        ),
+        goals=goals,
+        **rest,
     )
 
 
+def _size(images: int, questions: int, tokens: int) -> dict[str, int]:
+    return {"images": images, "questions": questions, "tokens": tokens}
+
+
+PEERS = (Provider(PLAIN, plain), Provider(OFFICIAL, official), compiled(plain))
+CPU_GOALS = (Goal("cpu", "speedup", 1.7, (PLAIN,)), Goal("cpu", "speedup", 3.0, (PLAIN,), variant=REUSED))
+
 CASES = (
-    _batched(729),
-    _batched(3645),
-    Case(
-        name="embedded_query/four-questions",
-        op="embedded_query",
-        title="query module, four questions on one image",
-        mode="forward",
-        size=FULL | {"tokens": 729, "images": 1, "questions": 4},
-        small=SMALL | {"images": 2, "questions": 4},
-        inputs=inputs,
-        work=work,
-        providers=(
-            Provider(OURS, fused, ours=True),
-            Provider(REUSED, fused, prepare=with_state, ours=True),
-            Provider(SEPARATE, separate),
-            Provider(PLAIN, plain),
+    _case(
+        "b1",
+        "query module, 729 image tokens, one question",
+        (_size(1, 1, 729),),
+        (
+            Goal("cuda", "seconds", 30e-6),
+            Goal("cuda", "speedup", 10.0, (PLAIN,)),
+            Goal("cuda", "speedup", 3.0, (COMPILED,)),
         ),
-        exact=plain,
-        plain=PLAIN,
-        goals=(Goal("speedup", SEPARATE, at_least=3.0),),
+        PEERS,
+    ),
+    _case("b8", "query module, 729 image tokens, 8 images", (_size(8, 1, 729),), CPU_GOALS, PEERS),
+    _case("b8-hd", "query module, 3645 image tokens, 8 images", (_size(8, 1, 3645),), CPU_GOALS, PEERS),
+    _case(
+        "b64",
+        "query module, 729 image tokens, 64 images",
+        (_size(64, 1, 729),),
+        (Goal("cuda", "speedup", 1.7, (PLAIN, COMPILED)),),
+        PEERS,
+        devices=("cuda",),
+    ),
+    _case(
+        "four-questions",
+        "query module, four questions on one image",
+        (_size(1, 4, 729),),
+        (Goal("cpu", "speedup", 3.0, (SEPARATE,)),),
+        (Provider(PLAIN, plain), Provider(SEPARATE, separate)),
+        small=SMALL | {"questions": 4},
+    ),
+    _case(
+        "tokens",
+        "query module by image tokens",
+        tuple(_size(1, 1, tokens) for tokens in (81, 243, 729, 2187, 6561, 16384, 32768)),
+        (),
+        (Provider(PLAIN, plain),),
+        axis="tokens",
+    ),
+    _case(
+        "questions",
+        "query module by questions on one image",
+        tuple(_size(1, questions, 729) for questions in (1, 2, 4, 8, 16, 32)),
+        (),
+        (Provider(PLAIN, plain),),
+        axis="questions",
     ),
 )

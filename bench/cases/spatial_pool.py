@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from bench.case import OURS, Case, Goal, Inputs, Mode, Outputs, Provider, Size, Work
+from bench.case import Case, Goal, Inputs, Mode, Outputs, Provider, Size, Work, compiled, ours
 from flashsloth_ops import spatial_attention_pool
 
 LOOP = "official-style loop"
 SCORES = "vectorised (scores)"
 TOKENS = "vectorised (tokens)"
-HIDDEN_LAYER = "hidden layer"
+COMPILED = "torch.compile"
 
 
 def inputs(size: Size) -> Inputs:
@@ -37,13 +39,13 @@ def forward_work(size: Size) -> Work:
     """One product of all tokens with w1 dominates; x, w1 and y pass once."""
     tokens, dim = size["batch"] * size["side"] ** 2, size["dim"]
     pooled = size["batch"] * (size["side"] // size["window"]) ** 2
-    return Work(2.0 * tokens * dim * dim + 6.0 * tokens * dim, 4.0 * (tokens * dim + dim * dim + pooled * dim))
+    return Work(2.0 * tokens * dim * dim + 6.0 * tokens * dim, tokens * dim + dim * dim + pooled * dim)
 
 
 def training_work(size: Size) -> Work:
     """Two more products, for dx and for dw1; every tensor and its gradient pass, and x twice."""
     forward = forward_work(size)
-    return Work(3 * forward.flops, 3 * forward.bytes)
+    return Work(3 * forward.flops, 3 * forward.elements)
 
 
 def fused(given: Inputs) -> Outputs:
@@ -90,40 +92,89 @@ def _mlp(tokens: Tensor, given: Inputs) -> Tensor:
     return linear(torch.relu(linear(tokens, given["w1"], given["b1"])), given["w2"], given["b2"])
 
 
-def _case(name: str, title: str, mode: Mode, batch: int, goals: tuple[Goal, ...]) -> Case:
+SIZE = {"side": 27, "dim": 1152, "window": 3}
+SMALL = {"batch": 2, "side": 6, "dim": 64, "window": 3}
+PEERS = (
+    Provider(LOOP, official_loop),
+    Provider(SCORES, scores_windowed),
+    Provider(TOKENS, tokens_windowed),
+    compiled(scores_windowed),
+)
+
+
+def _case(name: str, title: str, mode: Mode, batches: tuple[int, ...], goals: tuple[Goal, ...], **rest: Any) -> Case:
     return Case(
         name=f"spatial_pool/{name}",
         op="spatial_pool",
         title=title,
         mode=mode,
-        size={"batch": batch, "side": 27, "dim": 1152, "window": 3},
-        small={"batch": 2, "side": 6, "dim": 64, "window": 3},
+        sizes=tuple({"batch": batch, **SIZE} for batch in batches),
+        small=SMALL,
         inputs=inputs,
         work=forward_work if mode == "forward" else training_work,
-        providers=(
-            Provider(OURS, fused, ours=True),
-            Provider(LOOP, official_loop),
-            Provider(SCORES, scores_windowed),
-            Provider(TOKENS, tokens_windowed),
-        ),
+        providers=(*ours(fused), *rest.pop("peers", PEERS)),
         exact=tokens_windowed,
         plain=SCORES,
         goals=goals,
         differentiable=("x", "w1", "b1", "w2"),  # b2 moves no softmax: its exact gradient is zero
-        kept_peer=lambda size: 4 * size["batch"] * size["side"] ** 2 * size["dim"],
+        kept_unit=lambda size: size["batch"] * size["side"] ** 2 * size["dim"],  # the hidden layer
+        **rest,
     )
 
 
 def _no_slower(loop: float) -> tuple[Goal, ...]:
     return (
-        Goal("speedup", LOOP, at_least=loop),
-        Goal("speedup", SCORES, at_least=0.95),
-        Goal("speedup", TOKENS, at_least=0.95),
+        Goal("cpu", "speedup", loop, (LOOP,)),
+        Goal("cpu", "speedup", 0.95, (SCORES,)),
+        Goal("cpu", "speedup", 0.95, (TOKENS,)),
     )
 
 
 CASES = (
-    _case("forward-b1", "pool 27x27x1152, B=1, forward", "forward", 1, _no_slower(4.0)),
-    _case("training-b8", "pool 27x27x1152, B=8, forward and backward", "forward+backward", 8, _no_slower(3.5)),
-    _case("memory-b8", "pool, B=8, kept for backward", "memory", 8, (Goal("kept", HIDDEN_LAYER, at_most=1 / 16),)),
+    _case(
+        "forward-b1",
+        "pool 27x27x1152, one image",
+        "forward",
+        (1,),
+        (
+            *_no_slower(4.0),
+            Goal("cuda", "seconds", 10e-6),
+            Goal("cuda", "speedup", 50.0, (LOOP,)),
+            Goal("cuda", "speedup", 3.0, (SCORES, TOKENS)),
+            Goal("cuda", "speedup", 1.3, (COMPILED,)),
+        ),
+    ),
+    _case(
+        "forward-b64",
+        "pool 27x27x1152, 64 images",
+        "forward",
+        (64,),
+        (Goal("cuda", "share", 0.75), Goal("cuda", "speedup", 1.5, (COMPILED,))),
+        devices=("cuda",),
+    ),
+    _case(
+        "training-b8",
+        "pool 27x27x1152, 8 images, forward and backward",
+        "forward+backward",
+        (8,),
+        (*_no_slower(3.5), Goal("cpu", "kept", 1 / 16)),
+        devices=("cpu",),
+    ),
+    _case(
+        "training-b64",
+        "pool 27x27x1152, 64 images, forward and backward",
+        "forward+backward",
+        (64,),
+        (Goal("cuda", "speedup", 1.3, (COMPILED,)), Goal("cuda", "kept", 1 / 16)),
+        devices=("cuda",),
+    ),
+    _case(
+        "batch",
+        "pool 27x27x1152 by images",
+        "forward",
+        (1, 2, 4, 8, 16, 32, 64, 128, 256),
+        (),
+        axis="batch",
+        peers=(Provider(SCORES, scores_windowed),),
+    ),
 )

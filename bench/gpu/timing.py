@@ -1,35 +1,29 @@
-"""Timing on a GPU: CUDA graphs, cold L2, and the ceilings of the device measured in the same run.
+"""Timing on a GPU: CUDA graphs and plain calls, cold L2, and the ceilings of the device measured in the same run.
 
 A graph of ``copies`` times [flush the L2 cache, call] is replayed beside a graph of the flushes alone, and the
 difference, divided by ``copies``, is one sample. So launch latency of the host and the resolution of events do not
-count, the gaps between the kernels of a call do, and every call reads its inputs from memory.
+count, the gaps between the kernels of a call do, and every call reads its inputs from memory. A plain call is timed
+by the host from an idle device to the end of its last kernel: what a caller waits for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from bench.timing import Ceilings
+
+Calls = Sequence[Callable[[], object]]  # one provider on several sets of inputs
+
 FLUSHED_BYTES = 256 << 20  # several times the largest L2 cache
 
 
-class Ceilings(NamedTuple):
-    """What the device gives at best: bytes a second of a large copy, read and written, and flops of a bf16 product."""
-
-    bytes_per_second: float
-    flops_per_second: float
-
-    def limit(self, flops: float, moved: float) -> float:
-        """Seconds below which no implementation gets."""
-        return max(flops / self.flops_per_second, moved / self.bytes_per_second)
-
-
-def ceilings() -> Ceilings:
-    """Measure both: a copy of 2 GiB, and a product of 8192 x 8192 matrices of random bf16 numbers."""
-    return Ceilings(_copy_rate(), _product_rate())
+def ceilings(dtype: torch.dtype = torch.bfloat16) -> Ceilings:
+    """Measure both: a copy of 2 GiB, and a product of 8192 x 8192 matrices of random numbers."""
+    return Ceilings(_copy_rate(), _product_rate(dtype))
 
 
 def _copy_rate() -> float:
@@ -38,24 +32,27 @@ def _copy_rate() -> float:
     return 2 * source.numel() * source.element_size() / _median_events(lambda: target.copy_(source), 10)
 
 
-def _product_rate() -> float:
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+def _product_rate(dtype: torch.dtype) -> float:
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=dtype) for _ in range(2))
     product = torch.empty_like(a)
     return 2 * 8192**3 / _median_events(lambda: torch.mm(a, b, out=product), 10)
 
 
 class Timer:
-    """Graphs of several calls, replayed in turn so that drifting clocks hit all of them alike."""
+    """Graphs of several calls, replayed in turn so that drifting clocks hit all of them alike.
+
+    Each call comes on several sets of inputs, which the copies in its graph take in turn.
+    """
 
     def __init__(self, copies: int = 10) -> None:
         self.copies = copies
         self.flush = torch.empty(FLUSHED_BYTES // 4, dtype=torch.int32, device="cuda")
-        self.flushes = self._capture(lambda: None)
+        self.flushes = self._capture([lambda: None])
 
-    def interleave(
-        self, calls: Mapping[str, Callable[[], object]], rounds: int
+    def graphs(
+        self, calls: Mapping[str, Calls], rounds: int, budget: float = float("inf")
     ) -> tuple[dict[str, list[float]], dict[str, str]]:
-        """Seconds of one call of each, round by round; and why some could not be captured."""
+        """Seconds of one call of each by replays, round by round; and why some could not be captured."""
         graphs: dict[str, torch.cuda.CUDAGraph] = {}
         failures: dict[str, str] = {}
         for name, call in calls.items():
@@ -65,31 +62,55 @@ class Timer:
                 torch.cuda.synchronize()
                 failures[name] = f"not captured: {_first_line(error)}"
         times: dict[str, list[float]] = {name: [] for name in graphs}
-        names = list(graphs)
-        for done in range(rounds):
+        end = time.monotonic() + budget
+        for names in _turns(list(graphs), rounds, end):
             empty = _events(self.flushes.replay)
-            first = done % max(len(names), 1)
-            for name in names[first:] + names[:first]:
+            for name in names:
                 times[name].append(max(_events(graphs[name].replay) - empty, 1e-9) / self.copies)
         return times, failures
 
-    def _capture(self, call: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    def calls(self, calls: Mapping[str, Calls], rounds: int, budget: float = float("inf")) -> dict[str, list[float]]:
+        """Seconds of one plain call of each, launches included, round by round."""
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        end = time.monotonic() + budget
+        for done, names in enumerate(_turns(list(calls), rounds, end)):
+            for name in names:
+                call = calls[name][done % len(calls[name])]
+                self.flush.zero_()
+                torch.cuda.synchronize()
+                start = time.perf_counter()
+                call()
+                torch.cuda.synchronize()
+                times[name].append(time.perf_counter() - start)
+        return times
+
+    def _capture(self, calls: Calls) -> torch.cuda.CUDAGraph:
         """Warmed up on a side stream, as capture asks for, so that compiling and allocating stay outside."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):
-                call()
+                for call in calls:
+                    call()
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            for _ in range(self.copies):
+            for copy in range(self.copies):
                 self.flush.zero_()
-                call()
+                calls[copy % len(calls)]()
         graph.replay()
         torch.cuda.synchronize()
         return graph
+
+
+def _turns(names: list[str], rounds: int, end: float) -> Iterator[list[str]]:
+    """The names, each round starting with another one; three rounds at least, then as many as time allows."""
+    for done in range(rounds):
+        if done >= 3 and time.monotonic() > end:
+            return
+        first = done % max(len(names), 1)
+        yield names[first:] + names[:first]
 
 
 def _events(run: Callable[[], object]) -> float:
