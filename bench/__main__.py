@@ -1,4 +1,4 @@
-"""``python -m bench run``, ``list`` and ``gpu-check``: check, time and compare the fused ops with their peers."""
+"""The benchmark suite of the fused ops: check, time, compare with their peers, guard against regressions, report."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import argparse
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
@@ -14,17 +13,14 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from bench import runner
-from bench.case import Case
+from bench import runner, suite
+from bench.case import DTYPES, Case, why_missing
 from bench.cases import CASES
-from bench.gpu import check, report
-from bench.result import RESULTS, Result, make_header, save
-from bench.runner import Effort
+from bench.gpu import check
+from bench.result import RESULTS, load
 from bench.table import render
 from bench.timing import fixed_threads
 from flashsloth_ops import backend
-
-DEFAULT_BUDGET, QUICK_BUDGET = 120.0, 10.0
 
 
 def main(arguments: Sequence[str] | None = None, cases: Sequence[Case] = CASES) -> int:
@@ -33,7 +29,7 @@ def main(arguments: Sequence[str] | None = None, cases: Sequence[Case] = CASES) 
     console = console_of(sys.stdout)
     try:
         if options.command == "list":
-            console.print(listing(cases), highlight=False, markup=False)
+            console.print(listing(cases, device_of(options)), highlight=False, markup=False, soft_wrap=True)
             return 0
         if options.command == "gpu-check":
             return check_gpu(options)
@@ -44,35 +40,24 @@ def main(arguments: Sequence[str] | None = None, cases: Sequence[Case] = CASES) 
 
 
 def run(options: argparse.Namespace, console: Console, cases: Sequence[Case]) -> int:
-    chosen = runner.matching(cases, options.case)
-    if options.small:
-        chosen = [replace(case, title=f"{case.name}, small", size=case.small, goals=()) for case in chosen]
-    if options.quick:
-        chosen = [case.with_goals_only() for case in chosen]
-    total = options.budget or (QUICK_BUDGET if options.quick else DEFAULT_BUDGET)
-    timed = max(1, sum(case.mode != "memory" for case in chosen))
-    effort = Effort(total / timed, 3, 60) if options.quick else Effort(total / timed, 7, 60)
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
+    """Check and time what was asked for; one table, one JSON file."""
+    device = device_of(options)
+    plan = suite.plan(
+        runner.matching(cases, options.case),
+        device,
+        quick=options.quick,
+        small=options.small,
+        budget=options.budget,
+        providers=options.provider,
     )
+    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with fixed_threads(options.threads):
-        result = Result(make_header(quick=options.quick, small=options.small, backends=runner.backends(chosen)))
-        path = result.path(options.out)
+        path, result = suite.unfinished(plan, options.out) if options.resume else (None, suite.begin(plan))
+        path = path or result.path(options.out)
         with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-            bar = progress.add_task("", total=len(chosen))
-            for case in chosen:
-
-                def step(what: str, case: Case = case) -> None:
-                    progress.update(bar, description=f"{case.title}: {what}")
-
-                result.rows += runner.run_case(case, effort, step=step)
-                save(result, path)  # an interrupted run keeps what was measured
-                progress.advance(bar)
-    console.print(render(result, chosen))
+            bar = progress.add_task("", total=len(plan.points))
+            suite.go(plan, result, path, tell=lambda what, n: progress.update(bar, description=what, completed=n))
+    console.print(render(result, cases))
     console.print(f"stored in {path}", soft_wrap=True, markup=False, highlight=False)
     return 1 if result.failed else 0
 
@@ -82,7 +67,9 @@ def check_gpu(options: argparse.Namespace) -> int:
     if not torch.cuda.is_available():
         raise ValueError("gpu-check: torch sees no GPU here")
     document, path = check.run(options.out, budget=options.budget, keep=options.keep, tell=_say)
-    _say(report.render(document))
+    console_of(sys.stdout).print(render(load(path), CASES))
+    if document["faster_in_cuda"]:
+        _say(f"faster in CUDA C++ than in Triton: {', '.join(document['faster_in_cuda'])}")
     _say(f"stored in {path}")
     return 1 if any(step["ok"] is False for step in document["steps"]) else 0
 
@@ -93,47 +80,57 @@ def _say(line: str) -> None:
 
 def console_of(stream: TextIO) -> Console:
     """A console that breaks no line of a table where nobody looks at a terminal."""
-    return Console(file=stream) if stream.isatty() else Console(file=stream, width=140)
+    return Console(file=stream) if stream.isatty() else Console(file=stream, width=160)
 
 
-def listing(cases: Sequence[Case]) -> str:
-    """Cases, sizes, providers, and which backend would run them here, with the reason where it is not the best."""
+def device_of(options: argparse.Namespace) -> str:
+    """The device asked for, else a GPU where there is one. Raises ValueError for a GPU that is not there."""
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU here")
+    return options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def listing(cases: Sequence[Case], device: str) -> str:
+    """Cases, sizes, providers, and which can run on a device, with the reason when not."""
     blocks = []
     for case in cases:
-        size = " ".join(f"{name}={value}" for name, value in case.size.items())
-        blocks.append(
-            f"{case.name}  ({case.mode})\n"
-            f"    size       {size}\n"
-            f"    providers  {'; '.join(provider.name for provider in case.providers)}\n"
-            f"    served by  {served_by(case.op)}"
-        )
+        first, *others = case.sizes
+        size = " ".join(f"{name}={value}" for name, value in first.items())
+        if others:
+            size += f"; {case.axis} to {max(one[case.axis] for one in others)}, {len(case.sizes)} sizes"
+        lines = [f"{case.name}  ({case.mode}, {' and '.join(case.devices)})", f"    {case.title}", f"    size  {size}"]
+        if device not in case.devices:
+            lines.append(f"    not measured on {device}")
+        else:
+            for provider in (p for p in case.providers if p.timed):
+                reason = why_missing(case, provider, device, DTYPES[device], first)
+                lines.append(
+                    f"    {'runs ' if reason is None else 'not  '} {provider.name}{(reason and f': {reason}') or ''}"
+                )
+        blocks.append("\n".join(lines))
     return "\n".join(blocks)
-
-
-def served_by(op: str) -> str:
-    """The backend for fp32 on the processor, and why those before it in the table are passed over."""
-    reasons: list[str] = []
-    for rule in backend.RULES:
-        if rule.op == op:
-            reason = rule.why_not("cpu", torch.float32)
-            if reason is None:
-                return "; ".join([rule.backend, *reasons])
-            reasons.append(f"not {rule.backend}: {reason}")
-    return "; ".join(["nothing", *reasons])
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("list", help="cases, sizes, providers, and what can run here")
+    list_parser = commands.add_parser("list", help="cases, sizes, providers, and what can run here")
     run_parser = commands.add_parser("run", help="check, then time; one table, one JSON file")
+    for one in (list_parser, run_parser):
+        one.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU where there is one")
     run_parser.add_argument("--case", metavar="PATTERN", help="only cases whose name contains or matches this")
     run_parser.add_argument(
-        "--quick", action="store_true", help="fewer rounds, only peers with a goal: rougher, under a minute"
+        "--provider",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="ours and peers whose name contains this; repeatable",
     )
+    run_parser.add_argument("--quick", action="store_true", help="only sizes and peers with a goal, fewer rounds")
     run_parser.add_argument("--small", action="store_true", help="small sizes: tests the suite, says nothing of speed")
-    run_parser.add_argument("--budget", type=duration, metavar="TIME", help="time to measure in all, such as 90s or 3m")
-    run_parser.add_argument("--threads", type=positive, help="threads inside an op; default: as torch is set")
+    run_parser.add_argument("--budget", type=duration, metavar="TIME", help="time to measure in all, such as 90s or 8m")
+    run_parser.add_argument("--threads", type=positive, help="threads inside an op on a CPU; default: as torch is set")
+    run_parser.add_argument("--resume", action="store_true", help="go on with the newest unfinished run like this one")
     run_parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="default: bench/results")
     gpu_parser = commands.add_parser("gpu-check", help="on a GPU: build, test, compare, check memory, time; one JSON")
     gpu_parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="default: bench/results")

@@ -2,8 +2,9 @@
 
     {"schema": "flashsloth-bench", "version": 2, "complete": true, "header": {...}, "rows": [...]}
 
-``complete``: whether the run went to its end; one that did not can go on with ``--resume``. ``header``: :func:`make_header`.
-``rows``: :class:`Row`, one a provider, case, size and way of timing. Times are in seconds, memory in bytes.
+``complete``: whether the run went to its end; one that did not can go on with ``--resume``. ``header``: see
+:func:`make_header`. ``rows``: :class:`Row`, one a provider, case, size and way of timing. Times are in seconds, memory
+in bytes. The report of a GPU check (:mod:`bench.gpu.check`) has the same header and rows, and is read as a result too.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import torch
 from bench.timing import Quantiles, quantiles
 from flashsloth_ops import _extension
 
-SCHEMA, VERSION = "flashsloth-bench", 2
+SCHEMA, GPU_CHECK, VERSION = "flashsloth-bench", "flashsloth-gpu-check", 2
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -153,13 +154,14 @@ def make_header(
     """Everything a reader needs to know which machine and which code gave the numbers.
 
     kind ("cpu" or "cuda"), device (its name), slug (its folder), cores, threads, isa (of our CPU kernels), capability,
-    driver, clocks (a GPU's clocks, temperature and throttle reasons before the run; after it, ``clocks_after``), python,
-    torch, triton, cuda, commit, dirty, difference (a hash of uncommitted changes), date (UTC), load (of the machine), quick,
-    small, backends (op: the one an automatic choice takes), peers (optional package: version, or why not), ceilings
-    ("bytes_per_second" of a large copy, "flops_per_second" of a large product in the dtype of the run).
+    driver, clocks (a GPU's clocks, temperature and throttle reasons before the run; after it, ``clocks_after``),
+    python, torch, triton, cuda, commit, dirty, difference (a hash of uncommitted changes), date (UTC), load (of the
+    machine), quick, small, backends (op: the one an automatic choice takes), peers (optional package: version, or why
+    not), ceilings ("bytes_per_second" of a large copy, "flops_per_second" of a large product in the run's dtype).
     """
     commit, difference = revision()
     threads, isa = torch.get_num_threads(), None if _extension.module is None else _extension.module.cpu_isa()
+    place: dict[str, Any]
     if device == "cuda":
         name = torch.cuda.get_device_name()
         place = {"device": name, "slug": slug(name), "capability": list(torch.cuda.get_device_capability())}
@@ -303,7 +305,7 @@ def load(path: Path) -> Result:
         document = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ResultError(f"{path}: expected a JSON document, got something else: {error}") from error
-    if not isinstance(document, dict) or document.get("schema") != SCHEMA:
+    if not isinstance(document, dict) or document.get("schema") not in (SCHEMA, GPU_CHECK):
         raise ResultError(f'{path}: expected "schema": "{SCHEMA}", got another document')
     if document.get("version") != VERSION:
         raise ResultError(f"{path}: expected schema version {VERSION}, got {document.get('version')!r}; measure again")
@@ -340,6 +342,6 @@ def stored(folder: Path = RESULTS, slug: str | None = None) -> list[tuple[Path, 
             head = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ResultError(f"{path}: expected a JSON document, got something else: {error}") from error
-        if isinstance(head, dict) and head.get("schema") == SCHEMA:
+        if isinstance(head, dict) and head.get("schema") in (SCHEMA, GPU_CHECK):
             found.append((path, load(path)))
     return sorted(found, key=lambda one: one[1].header["date"])

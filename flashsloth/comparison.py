@@ -78,21 +78,22 @@ def query_attention(model: FlashSlothForConditionalGeneration, seen: Seen) -> Te
 def measure_pooling(model: FlashSlothForConditionalGeneration, features: Tensor, budget: float) -> OpTimes:
     """Pooling of the tower's output ``(tiles, H*W, Di)``; ``budget`` in seconds, like below."""
     peers = {PLAIN: spatial_pool.SCORES, OFFICIAL: spatial_pool.LOOP}
-    return _measure("spatial_attention_pool", spatial_pool.CASES[0], peers, _pooling_inputs(model, features), budget)
+    given = _pooling_inputs(model, features)
+    return _measure("spatial_attention_pool", spatial_pool.CASES[0], spatial_pool.fused, peers, given, budget)
 
 
 def measure_queries(model: FlashSlothForConditionalGeneration, seen: Seen, budget: float) -> OpTimes:
     """The embedded queries of one question, without a stored image state."""
     given = {**seen._asdict(), "params": model.embedded_query.params(), "heads": model.config.query_heads}
     peers = {PLAIN: embedded_query.PLAIN, OFFICIAL: embedded_query.OFFICIAL}
-    return _measure("embedded_query_attention", embedded_query.CASES[0], peers, given, budget)
+    return _measure("embedded_query_attention", embedded_query.CASES[0], embedded_query.fused, peers, given, budget)
 
 
 def measure_sparse(size: benchmark.Size, budget: float) -> OpTimes:
     """Sparse prefill on random rows, of which ``size["kept"]`` are kept."""
     case = sparse_prefill.CASES[0]
     peers = {PLAIN: sparse_prefill.MASKED, OFFICIAL: sparse_prefill.EAGER}
-    return _measure("token_sparse_prefill", case, peers, case.inputs(size), budget)
+    return _measure("token_sparse_prefill", case, sparse_prefill.fused, peers, case.inputs(size), budget)
 
 
 def _pooling_inputs(model: FlashSlothForConditionalGeneration, features: Tensor) -> Inputs:
@@ -101,10 +102,17 @@ def _pooling_inputs(model: FlashSlothForConditionalGeneration, features: Tensor)
     return {"x": features, **weights, "side": model.config.vision_grid[0], "window": model.config.pool_window}
 
 
-def _measure(name: str, case: Case, peers: dict[str, str], given: Inputs, budget: float) -> OpTimes:
+def _measure(
+    name: str,
+    case: Case,
+    fused: Callable[[Inputs], benchmark.Outputs],
+    peers: dict[str, str],
+    given: Inputs,
+    budget: float,
+) -> OpTimes:
     calls, results = {}, []
-    for path, provider in {FUSED: benchmark.OURS, **peers}.items():
-        one = case.provider(provider)
+    providers = {FUSED: benchmark.Provider(FUSED, fused), **{path: case.provider(peer) for path, peer in peers.items()}}
+    for path, one in providers.items():
         calls[path] = benchmark.forward(one, benchmark.prepared(one, given))
         outputs = calls[path]()
         results.append(outputs if case.compared is None else case.compared(outputs, given))

@@ -49,7 +49,7 @@ def run_demo(
     *,
     console: Console,
     config: FlashSlothConfig | None = None,
-    sparse_size: Size = sparse_prefill.FULL,
+    sparse_size: Size = sparse_prefill.CASES[0].sizes[0],
     budget: float = 3.0,
 ) -> Demo:
     """Run the demo, show it on ``console`` and write the picture to ``out``.

@@ -1,10 +1,10 @@
 """Runs the steps one after the other, in time, whatever happens to any of them, and writes one report.
 
-    {"schema": "flashsloth-gpu-check", "version": 1, "header": {...}, "steps": [...], "ceilings": {...},
+    {"schema": "flashsloth-gpu-check", "version": 2, "complete": true, "header": {...}, "steps": [...],
      "faster_in_cuda": [...], "rows": [...]}
 
-A step: ``name``, ``ok`` (null: could not run here), ``summary``, ``seconds``, ``details``. A row: one provider in one
-case, as :func:`bench.gpu.measure.measure` returns it. Times are in seconds.
+A step: ``name``, ``ok`` (null: could not run here), ``summary``, ``seconds``, ``details``. Header and rows are those of
+:mod:`bench.result`, which reads the report as a result of a quick run; ``complete`` says whether all was timed.
 """
 
 from __future__ import annotations
@@ -17,16 +17,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.result import ROOT, revision, slug, write_whole
+from bench.result import GPU_CHECK, ROOT, VERSION, Result, gpu_state, make_header, write_whole
 from flashsloth_ops import measured
-
-SCHEMA, VERSION = "flashsloth-gpu-check", 1
 
 # Name and most seconds of each step, in order: what everything needs first, then what is worth most.
 PLAN: Mapping[str, float] = {
@@ -54,25 +51,28 @@ def run(
 
     ``keep``: write which CUDA C++ kernels were faster into the package's ``configs/<gpu>.json``.
     """
-    header = make_header()
+    header = make_header("cuda" if torch.cuda.is_available() else "cpu", quick=True)
     document: dict[str, Any] = {
-        "schema": SCHEMA,
+        "schema": GPU_CHECK,
         "version": VERSION,
+        "complete": False,
         "header": header,
         "steps": [],
-        "ceilings": None,
         "faster_in_cuda": [],
         "rows": [],
     }
-    moment = header["date"].replace(":", "").removesuffix("Z")
-    path = out / header["slug"] / f"{moment}-{header['commit'][:12]}-gpu-check.json"
+    path = Result(header).path(out)
+    path = path.with_name(f"{path.stem}-gpu-check.json")
     end = time.monotonic() + budget
     for name, most in plan.items():
         step = run_step(name, [*command, name], min(most, end - time.monotonic()))
         document["steps"].append(step)
         if name == "timing":
-            for key in ("ceilings", "rows", "faster_in_cuda"):
+            for key in ("rows", "faster_in_cuda"):
                 document[key] = step["details"].pop(key, document[key])
+            header["ceilings"] = step["details"].pop("ceilings", None) or {}
+            header["clocks_after"] = gpu_state()
+            document["complete"] = bool(document["rows"])
         write_whole(path, document)
         tell(f"{MARKS[step['ok']]:8} {name:10} {step['seconds']:5.0f} s  {step['summary']}")
     if keep and document["rows"]:
@@ -111,45 +111,3 @@ def run_step(name: str, command: Sequence[str], limit: float) -> dict[str, Any]:
 
 def _step(name: str, ok: bool | None, summary: str, seconds: float, **details: str) -> dict[str, Any]:
     return {"name": name, "ok": ok, "summary": summary, "seconds": seconds, "details": details}
-
-
-def make_header() -> dict[str, Any]:
-    """The device and the code the numbers belong to."""
-    commit, dirty = revision()
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    query = _nvidia_smi(
-        "driver_version,clocks.sm,clocks.mem,clocks.max.sm,temperature.gpu,clocks_throttle_reasons.active"
-    )
-    return {
-        "device": name,
-        "slug": slug(name),
-        "capability": list(torch.cuda.get_device_capability()) if torch.cuda.is_available() else None,
-        "driver": query.get("driver_version"),
-        "state": query,
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-        "triton": _version("triton"),
-        "python": sys.version.split()[0],
-        "commit": commit,
-        "dirty": dirty,
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
-    }
-
-
-def _version(package: str) -> str | None:
-    from importlib import metadata
-
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _nvidia_smi(fields: str) -> dict[str, str]:
-    """What the driver tells of the first GPU before the run; nothing where the tool is absent."""
-    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader", "--id=0"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    return dict(zip(fields.split(","), (value.strip() for value in found.split(",")), strict=False))

@@ -11,17 +11,21 @@ import sys
 import time
 import xml.etree.ElementTree as xml
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from bench.case import callable_of
-from bench.gpu.cases import GPU_CASES, GpuCase
-from bench.gpu.measure import check_small, faster_in_cuda, measure, moved
-from bench.result import ROOT
+from bench import suite
+from bench.case import Case, Provider, callable_of, moved, why_missing
+from bench.cases import CASES
+from bench.check import run_checks
+from bench.result import ROOT, Row
+from bench.runner import Place, faster_in_cuda, run_point
 
 DEVICE = "cuda"  # tests of the steps themselves use a CPU
+BACKENDS = ("triton", "cuda")
 
 
 class Outcome(NamedTuple):
@@ -45,19 +49,26 @@ def build() -> Outcome:
 
 
 def backends(
-    cases: Sequence[GpuCase] = GPU_CASES,
+    cases: Sequence[Case] = CASES,
     dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16, torch.float16),
 ) -> Outcome:
     """Every GPU backend against fp64 at small sizes, forward and backward, in every dtype."""
-    found = check_small(cases, DEVICE, dtypes)
-    # CUDA C++ serves halves only, and a head size or a batch it does not serve is no error of its kernels.
-    served = {name: v for name, v in found.items() if "was forced and cannot serve it" not in (v.failure or "")}
-    wrong = {name: v.failure for name, v in served.items() if v.failure}
-    absent = sorted({v.failure for name, v in found.items() if name not in served and v.failure})
-    summary = (
-        f"{len(served) - len(wrong)} of {len(served)} results within the error rule, {len(absent)} reasons not to run"
-    )
-    return Outcome(not wrong and bool(served), summary, {"wrong": wrong, "not_served": absent})
+    wrong: dict[str, str] = {}
+    absent: set[str] = set()
+    count = 0
+    for case in cases:
+        own = case.only(lambda p: p.backend in BACKENDS)
+        for dtype in dtypes:
+            inputs = moved(case.inputs(case.small), DEVICE, dtype)
+            for name, found in run_checks(own, inputs, "cuda", dtype, case.small).items():
+                if found.missing is not None:
+                    absent.add(found.missing)
+                elif case.provider(name).ours:
+                    count += 1
+                    if found.failure is not None:
+                        wrong[f"{case.name}, {name}, {str(dtype).removeprefix('torch.')}"] = found.failure
+    summary = f"{count - len(wrong)} of {count} results within the error rule, {len(absent)} reasons not to run"
+    return Outcome(not wrong and count > 0, summary, {"wrong": wrong, "not_served": sorted(absent)})
 
 
 def graphs() -> Outcome:
@@ -87,12 +98,11 @@ def compiled(dtype: torch.dtype = torch.bfloat16) -> Outcome:
 def small() -> Outcome:
     """Each op once, forward and backward: what the memory checkers watch."""
     count = 0
-    for one in GPU_CASES:
-        given = moved(one.case.inputs(one.case.small), DEVICE, torch.bfloat16)
-        for provider in one.case.providers:
-            if provider.ours and _serves(one, provider.name):
-                callable_of(one.case, provider, given)()
-                count += 1
+    for case in CASES:
+        given = moved(case.inputs(case.small), DEVICE, torch.bfloat16)
+        for provider in _served(case, torch.bfloat16):
+            callable_of(case, provider, given)()
+            count += 1
     torch.cuda.synchronize()
     return Outcome(count > 0, f"{count} calls", {})
 
@@ -134,33 +144,31 @@ def tests() -> Outcome:
 
 
 def timing() -> Outcome:
-    """Ceilings of the device, then every case. Its details are the rows of the report."""
+    """Ceilings of the device, then every size with a goal. Its details are the rows of the report."""
     from bench.gpu.timing import Timer, ceilings
 
-    limits, timer = ceilings(), Timer()
-    rows: list[dict[str, Any]] = []
-    for one in GPU_CASES:
+    plan = suite.plan(CASES, "cuda", quick=True, budget=60.0)
+    place = Place("cuda", torch.bfloat16, ceilings(), Timer())
+    rows: list[Row] = []
+    died: list[str] = []
+    for case, size in plan.points:
         start = time.perf_counter()
         try:
-            rows += measure(one, timer, limits, rounds=15)
+            rows += run_point(case, size, place, plan.effort)
         except (RuntimeError, ValueError) as error:
-            rows.append(
-                {"case": one.case.name, "title": one.case.title, "provider": "", "failure": _last_line(str(error))}
-            )
-        print(f"{one.case.title}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-    goals = [goal for row in rows for goal in row.get("goals", [])]
-    reached = sum(bool(goal["reached"]) for goal in goals)
-    wrong = [
-        row for row in rows if row["failure"] and row.get("ours", True) and "cannot serve it" not in row["failure"]
-    ]
+            died.append(f"{case.name}: {_last_line(str(error))}")
+        print(f"{case.name}: {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+    goals = [goal for row in rows for goal in row.goals]
+    wrong = [f"{row.case}, {row.provider}: {row.failure}" for row in rows if row.ours and row.failure] + died
     details = {
-        "ceilings": limits._asdict(),
-        "rows": rows,
-        "faster_in_cuda": faster_in_cuda([r for r in rows if "seconds" in r]),
+        "ceilings": place.limits._asdict() if place.limits else None,
+        "rows": [asdict(row) for row in rows],
+        "faster_in_cuda": faster_in_cuda(rows),
+        "wrong": wrong,
     }
-    return Outcome(
-        not wrong, f"{reached} of {len(goals)} goals reached, {len(wrong)} of ours failed their check", details
-    )
+    reached = sum(bool(goal.reached) for goal in goals)
+    summary = f"{reached} of {len(goals)} goals reached, {len(wrong)} of ours failed"
+    return Outcome(not wrong and bool(rows), summary, details)
 
 
 STEPS: dict[str, Callable[[], Outcome]] = {
@@ -179,23 +187,22 @@ STEPS: dict[str, Callable[[], Outcome]] = {
 # ---- helpers ----
 
 
-def _serves(one: GpuCase, name: str) -> bool:
-    """Whether the extension has CUDA kernels, for providers that need them."""
-    from flashsloth_ops import _extension
+def _served(case: Case, dtype: torch.dtype) -> list[Provider]:
+    """Our kernels that serve a case on this device, from plain inputs."""
+    ours = [p for p in case.providers if p.backend in BACKENDS and p.prepare is None]
+    return [p for p in ours if why_missing(case, p, "cuda", dtype, case.small) is None]
 
-    return not name.endswith("cuda") or _extension.cuda_missing() is None
 
-
-def _pairs(dtype: torch.dtype = torch.bfloat16) -> list[tuple[Any, Any, Any, Any]]:
+def _pairs(dtype: torch.dtype = torch.bfloat16) -> list[tuple[Case, Provider, Any, Any]]:
     """Our providers of one forward case an op, with two draws of small inputs."""
-    chosen = {one.case.op: one for one in reversed(GPU_CASES) if one.case.mode == "forward"}
+    chosen = {case.op: case for case in reversed(CASES) if case.mode == "forward"}
     pairs = []
-    for one in chosen.values():
-        first, second = (moved(one.case.inputs(one.case.small), DEVICE, dtype) for _ in range(2))
+    for case in chosen.values():
+        first, second = (moved(case.inputs(case.small), DEVICE, dtype) for _ in range(2))
         for name, value in second.items():
             if isinstance(value, torch.Tensor) and value.is_floating_point():
                 second[name] = torch.randn_like(value) * value.abs().mean()
-        pairs += [(one.case, p, first, second) for p in one.case.providers if p.ours and _serves(one, p.name)]
+        pairs += [(case, provider, first, second) for provider in _served(case, dtype)]
     return pairs
 
 
