@@ -16,7 +16,7 @@ from bench.memory import kept_bytes, peak_bytes
 from bench.result import GoalResult, Row
 from bench.timing import Ceilings, interleave, ratio
 
-# A call of more work is not asked of a device in a suite that has to end: seconds each, and the check in fp64 besides.
+# Curves stop where one call takes so much work: a suite has to end, and the check in fp64 costs several times more.
 FLOPS_AT_MOST = {"cpu": 4e10, "cuda": float("inf")}
 ROTATED_BYTES = 4 << 30  # inputs are made several times where that takes no more than this
 METHODS = {"cpu": ("wall",), "cuda": ("graph", "call")}
@@ -68,7 +68,7 @@ def run_point(
     ``step`` is told what happens, for a progress display.
     """
     work = case.work(size)
-    if work.flops > FLOPS_AT_MOST[place.device]:
+    if case.axis and work.flops > FLOPS_AT_MOST[place.device]:
         reason = f"{work.flops:.2g} flops, more than the suite asks of this device"
         verdicts = {provider.name: Verdict(None, None, missing=reason) for provider in case.providers}
         return _rows(case, size, place, verdicts)

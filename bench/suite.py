@@ -62,7 +62,7 @@ def plan(
             if not any(wanted in name for name in names):
                 raise ValueError(f"--provider: expected part of one of {', '.join(sorted(names))}, got {wanted!r}")
         chosen = [c.only(lambda p: p.ours or any(wanted in p.name for wanted in providers)) for c in chosen]
-    if quick and not small:
+    if quick:
         chosen = [case.for_goals(device) for case in chosen]
     points = [
         (case, size)

@@ -1,13 +1,11 @@
-"""The GPU check: its steps survive each other, its goals are judged as declared, its cases compute the same thing."""
+"""The GPU check: its steps survive each other, and find what is wrong."""
 
 from __future__ import annotations
 
 import importlib
 import json
-import re
 import sys
 import textwrap
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +13,9 @@ import pytest
 import torch
 
 from bench.__main__ import main
-from bench.gpu import check, measure, report, steps
-from bench.gpu.cases import GPU_CASES, GpuCase, GpuGoal
+from bench.cases import CASES
+from bench.gpu import check, steps
+from bench.result import load
 from flashsloth_ops import backend, measured
 from tests.support import GPU_MARKS
 
@@ -24,9 +23,12 @@ from tests.support import GPU_MARKS
 STEPS = """
 import json, os, sys, time
 name, file = sys.argv[1:]
-rows = [{"case": "spatial_pool/x", "provider": "flashsloth, triton", "failure": None, "kept_bytes": None, "goals": [],
-         "seconds": {"p20": 9e-6, "p50": 1e-5, "p80": 2e-5}, "share": 0.25}]
-timing = {"ceilings": {"bytes_per_second": 4e12, "flops_per_second": 8e14}, "rows": rows, "faster_in_cuda": ["x"]}
+from dataclasses import asdict
+from bench.result import Row
+row = Row("spatial_pool/x", "spatial_pool", {}, "bfloat16", "forward", "flashsloth/triton", "graph", 1.0, 1.0)
+row.set_times([9e-6, 1e-5, 2e-5])
+limits = {"bytes_per_second": 4e12, "flops_per_second": 8e14}
+timing = {"ceilings": limits, "rows": [asdict(row)], "faster_in_cuda": ["x"]}
 found = {"build": (True, "built", {}), "timing": (True, "1 of 1", timing), "memcheck": (None, "no such tool", {}),
          "tests": (False, "2 failed", {"failed": ["a"]})}
 if name == "graphs": print("a lot"); os.abort()
@@ -68,9 +70,10 @@ def test_every_step_reports_whatever_the_others_do(finished: tuple[dict[str, Any
     assert found["tests"] == (False, "2 failed")
     assert json.loads(path.read_text()) == document
     assert [line.split()[0] for line in said] == ["passed", "FAILED", "FAILED", "FAILED", "passed", "skipped", "FAILED"]
-    text = report.render(document)
-    assert "copy 4.00 TB/s, bf16 product 800 TFLOP/s" in text
-    assert "spatial_pool/x  flashsloth, triton  10.0 us  9.0 us to 20.0 us  25 %" in text
+    result = load(path)
+    assert result.complete
+    assert result.rows[0].p50 == 1e-5
+    assert result.header["ceilings"] == {"bytes_per_second": 4e12, "flops_per_second": 8e14}
 
 
 def test_no_time_left_is_said(tmp_path: Path) -> None:
@@ -92,84 +95,14 @@ def test_faster_kernels_are_kept_for_this_gpu(tmp_path: Path, monkeypatch: pytes
     assert measured.faster_in_cuda("NVIDIA Probe") == ("spatial_pool",)
 
 
-def row(provider: str, seconds: float | None, *, failure: str | None = None, share: float = 0.5) -> dict[str, Any]:
-    times = None if seconds is None else {"p20": seconds, "p50": seconds, "p80": seconds}
-    return {
-        "case": "spatial_pool/b1",
-        "provider": provider,
-        "failure": failure,
-        "seconds": times,
-        "share": share,
-        "kept_bytes": None,
-        "goals": [],
-    }
-
-
-def judged(goals: tuple[GpuGoal, ...], *rows: dict[str, Any]) -> list[tuple[float | None, bool | None]]:
-    by_name = {one["provider"]: one for one in rows}
-    measure._judge(GpuCase(GPU_CASES[0].case, goals), by_name)
-    return [(g["measured"], g["reached"]) for one in rows for g in one["goals"]]
-
-
-def test_goals_hold_for_the_fastest_of_ours_against_the_fastest_peer() -> None:
-    goals = (
-        GpuGoal("speedup", 2.0, ("a", "b")),
-        GpuGoal("overhead", 0.4, ("a", "b")),
-        GpuGoal("seconds", 1.0),
-        GpuGoal("share", 0.6),
-        GpuGoal("speedup", 1.0, ("gone",)),
-    )
-    found = judged(
-        goals,
-        row("flashsloth, triton", 3.0),
-        row("flashsloth, cuda", 2.0),
-        row("a", 6.0),
-        row("b", 4.0, failure="wrong"),
-    )
-    assert found == [(3.0, True), (pytest.approx(1 / 3), True), (2.0, False), (0.5, False), (None, None)]
-
-
-def test_what_is_wrong_takes_no_part_in_a_goal() -> None:
-    goals = (GpuGoal("speedup", 1.0, ("a",)),)
-    assert judged(
-        goals, row("flashsloth, cuda", 1.0, failure="wrong"), row("flashsloth, triton", 4.0), row("a", 2.0)
-    ) == [(0.5, False)]
-    assert judged(goals, row("flashsloth, triton", None), row("a", 2.0)) == [(None, None)]
-
-
-def test_faster_in_cuda_means_in_every_case() -> None:
-    both = [row("flashsloth, triton", 2.0), row("flashsloth, cuda", 1.0)]
-    assert measure.faster_in_cuda(both) == ["spatial_pool"]
-    slower = [
-        {**one, "case": "spatial_pool/b2"} for one in (row("flashsloth, triton", 1.0), row("flashsloth, cuda", 2.0))
-    ]
-    assert measure.faster_in_cuda(both + slower) == []
-    assert measure.faster_in_cuda(both[:1]) == []
-
-
-@pytest.mark.parametrize("one", GPU_CASES, ids=lambda one: one.case.name)
-def test_providers_compute_the_same(one: GpuCase, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the small size on the CPU, whose own kernels stand in for ours; a peer may be missing there, but not wrong."""
-    monkeypatch.setattr("bench.gpu.cases.use_backend", lambda name: nullcontext())
-    rows = measure.measure(one, None, None, 1, device="cpu", dtype=torch.float32, small=True)
-    failed = {r["provider"]: r["failure"] for r in rows if r["failure"]}
-    absent = {
-        name for name, why in failed.items() if name.startswith("SDPA") and re.search("No (available|viable)", why)
-    }
-    assert set(failed) == absent, failed
-    assert any(r["ours"] for r in rows)
-    named = {peer for goal in one.gpu_goals for peer in goal.peers}
-    assert named <= {r["provider"] for r in rows}
-
-
 @pytest.mark.skipif(backend.triton_missing("cpu") is not None, reason=str(backend.triton_missing("cpu")))
 def test_backends_and_compiled_find_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     """The steps themselves, on kernels under Triton's interpreter; then with a kernel that errs."""
     monkeypatch.setattr(steps, "DEVICE", "cpu")
-    monkeypatch.setattr(steps, "GPU_CASES", GPU_CASES[:1])
-    found = steps.backends(GPU_CASES[:1], (torch.float32,))
+    monkeypatch.setattr(steps, "CASES", CASES[:1])
+    found = steps.backends(CASES[:1], (torch.float32,))
     assert found.ok
-    assert "cuda: serves bfloat16, float16, got float32" in found.details["not_served"][0]
+    assert any("serves bfloat16, float16, got float32" in reason for reason in found.details["not_served"])
     assert steps.compiled(torch.float32).ok
 
     pool = importlib.import_module("flashsloth_ops.triton.spatial_pool")
@@ -180,9 +113,9 @@ def test_backends_and_compiled_find_what_is_wrong(monkeypatch: pytest.MonkeyPatc
         return y * 1.01, *rest
 
     monkeypatch.setattr(pool, "spatial_pool", wrong)
-    found = steps.backends(GPU_CASES[:1], (torch.float32,))
+    found = steps.backends(CASES[:1], (torch.float32,))
     assert found.ok is False
-    assert "y: error" in found.details["wrong"]["spatial_pool/b1, flashsloth, triton, float32"]
+    assert "y: error" in found.details["wrong"]["spatial_pool/forward-b1, flashsloth/triton, float32"]
 
 
 @pytest.mark.parametrize("cycles", [pytest.param(1_000_000, marks=GPU_MARKS)])
@@ -196,6 +129,9 @@ def test_timer_against_a_kernel_of_known_length(cycles: int) -> None:
     end.record()
     end.synchronize()
     want = start.elapsed_time(end) * 1e-3
-    times, failures = Timer(copies=4).interleave({"sleep": lambda: torch.cuda._sleep(cycles)}, rounds=5)
+    timer = Timer(copies=4)
+    calls = {"sleep": [lambda: torch.cuda._sleep(cycles)]}
+    times, failures = timer.graphs(calls, rounds=5)
     assert not failures
     assert sorted(times["sleep"])[2] == pytest.approx(want, rel=0.15)
+    assert sorted(timer.calls(calls, rounds=5)["sleep"])[2] == pytest.approx(want, rel=0.25)
