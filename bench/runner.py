@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import gc
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -72,7 +73,8 @@ def run_point(
         reason = f"{work.flops:.2g} flops, more than the suite asks of this device"
         verdicts = {provider.name: Verdict(None, None, missing=reason) for provider in case.providers}
         return _rows(case, size, place, verdicts)
-    torch.compiler.reset()  # each point compiles for itself; what is left of others counts against a limit
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()  # each point compiles for itself; what is left of others counts against a limit
     gc.collect()
     inputs = moved(case.inputs(size), place.device, place.dtype)
     step("checking")

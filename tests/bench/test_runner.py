@@ -203,8 +203,8 @@ def test_curves_stop_where_the_work_is_too_much() -> None:
 
 
 def row(provider: str, seconds: float | None, *, failure: str | None = None, **rest: Any) -> Row:
-    fields = {"ours": provider.startswith("flashsloth"), "share": 0.5, "method": "graph", **rest}
-    found = Row("toy/double", "toy", {"rows": 8}, "bfloat16", "forward", provider, flops=1.0, bytes=1.0, **fields)
+    fields = {"size": {"rows": 8}, "ours": provider.startswith("flashsloth"), "share": 0.5, "method": "graph", **rest}
+    found = Row("toy/double", "toy", mode="forward", dtype="bfloat16", provider=provider, flops=1, bytes=1, **fields)
     found.failure = failure
     if seconds is not None and failure is None:
         found.set_times([seconds] * 3)
