@@ -73,7 +73,7 @@ def control(small: bool) -> LlavaConfig:
         text_config=PhiConfig(**_fields(text), **_NO_TOKENS),
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",  # SigLIP has no class token to drop
-        image_token_id=SMALL_IMAGE if small else FlashSlothConfig().image_token_id,
+        image_token_index=SMALL_IMAGE if small else FlashSlothConfig().image_token_id,
         tie_word_embeddings=False,
     )
 
@@ -105,7 +105,7 @@ def qwen2_vl_2b(small: bool) -> Qwen2VLConfig:
 
 
 def internvl2_2b(small: bool) -> InternVLConfig:
-    """config.json of OpenGVLab/InternVL2-2B; InternLM2 1.8B is a Llama with its queries, keys and values in one matrix."""
+    """config.json of OpenGVLab/InternVL2-2B; InternLM2 1.8B is a Llama whose queries, keys and values share a matrix."""
     text: dict[str, Any] = {
         "vocab_size": 92553,
         "hidden_size": 2048,

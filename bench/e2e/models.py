@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -76,15 +76,15 @@ class Model:
         It is made where it will run: layers draw their weights there at once, and what is computed and not drawn
         (rotary frequencies, position ids) is right from the start. On ``"meta"`` it has shapes and no memory.
         """
-        with torch.device(device):
+        devices = [torch.cuda.current_device()] if device == "cuda" else []
+        with torch.random.fork_rng(devices), torch.device(device):
+            torch.manual_seed(0)
             model = self.cls._from_config(self.config(small), dtype=dtype, attn_implementation=attention)
-            if self.window > 1 and not self.ours:
-                before = torch.get_default_dtype()
-                torch.set_default_dtype(dtype)
-                try:
-                    model.model.multi_modal_projector = Compressor(model.config, self.window, self.shuffled)
-                finally:
-                    torch.set_default_dtype(before)
+            if self.ours:
+                _spread(model.embedded_query)
+            elif self.window > 1:
+                compressor = Compressor(model.config, self.window, self.shuffled)
+                model.model.multi_modal_projector = compressor.to(dtype)
         # An answer has the length that is asked for, whatever random weights say.
         model.generation_config.eos_token_id = None
         model.generation_config.pad_token_id = 0
@@ -94,23 +94,30 @@ class Model:
         self, config: Any, layout: Layout, batch: int, text: int, device: str, dtype: torch.dtype, seed: int = 0
     ) -> Request:
         """Random pixels and ids, laid out as the processor does it: what ``forward`` and ``generate`` take."""
-        generator = torch.Generator().manual_seed(seed)
-        ids = _ids(config, layout, batch, text, generator)
+        draw = Draw(torch.Generator(device).manual_seed(seed), dtype)
+        ids = _ids(config, layout, batch, text, draw)
         if self.ours:
-            request = _flashsloth_request(config, layout, ids, text, generator)
-        else:
-            request = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-            request |= _pixels(config, layout, batch, ids, generator)
-        return {
-            name: value.to(device, dtype)
-            if value.is_floating_point()
-            else value.to("cpu" if name == "question_spans" else device)
-            for name, value in request.items()
-        }
+            return _flashsloth_request(config, layout, ids, text, draw)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **_pixels(config, layout, ids, draw)}
 
     def prompt(self, layout: Layout, config: Any, text: int) -> int:
         """Tokens of a whole prompt: visual ones, the marks of the processor, embedded queries, text."""
         return layout.visual_tokens + layout.marks + (config.num_queries if self.ours else 0) + text
+
+
+class Draw(NamedTuple):
+    """Random inputs, made where they are needed: the pixels of a large batch take a processor seconds."""
+
+    generator: torch.Generator
+    dtype: torch.dtype
+
+    def pixels(self, *shape: int) -> Tensor:
+        device = self.generator.device
+        return torch.randn(*shape, generator=self.generator, device=device, dtype=self.dtype)
+
+    def words(self, *shape: int) -> Tensor:
+        """Ids of no special token. Which words they are changes no time."""
+        return torch.randint(10, 256, shape, generator=self.generator, device=self.generator.device)
 
 
 class Compressor(nn.Module):
@@ -135,60 +142,62 @@ class Compressor(nn.Module):
         return self.linear_2(self.act(self.linear_1(pooled)))
 
 
-def _ids(config: Any, layout: Layout, batch: int, text: int, generator: torch.Generator) -> Tensor:
-    """``(batch, L)``: the image as laid out, then text. Which words stand there changes no time."""
+@torch.no_grad()
+def _spread(module: nn.Module) -> None:
+    """Draw matrices so wide that attention differs from an average: a check would hardly tell the two apart."""
+    for weight in module.parameters():
+        if weight.dim() == 2:
+            weight.normal_(0, weight.shape[1] ** -0.5)
+
+
+def _ids(config: Any, layout: Layout, batch: int, text: int, draw: Draw) -> Tensor:
+    """``(batch, L)``: the image as laid out, then text."""
     image: list[int] = []
     for marks, count in layout.visual:
         image += [1] * marks + [config.image_token_id] * count
     image += [1] * layout.end
-    words = torch.randint(10, 256, (batch, text), generator=generator)
-    return torch.cat([torch.tensor(image).expand(batch, -1), words], dim=1)
+    words = draw.words(batch, text)
+    return torch.cat([torch.tensor(image, device=words.device).expand(batch, -1), words], dim=1)
 
 
-def _flashsloth_request(
-    config: Any, layout: Layout, ids: Tensor, text: int, generator: torch.Generator
-) -> dict[str, Tensor]:
+def _flashsloth_request(config: Any, layout: Layout, ids: Tensor, text: int, draw: Draw) -> Request:
     """The queries follow the question, which here is the first half of the text; the rest stands for the template."""
-    asked = ids.shape[1] - text // 2
-    queries = torch.full((ids.shape[0], config.num_queries), config.learnable_token_id)
+    batch, asked = ids.shape[0], ids.shape[1] - text // 2
+    queries = ids.new_full((batch, config.num_queries), config.learnable_token_id)
     ids = torch.cat([ids[:, :asked], queries, ids[:, asked:]], dim=1)
     side = config.vision_config.image_size
     return {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),
-        "question_spans": torch.tensor([layout.visual_tokens, asked]).expand(ids.shape[0], 1, 2).clone(),
-        "pixel_values": torch.randn(ids.shape[0], layout.tiles, 3, side, side, generator=generator),
+        # On the CPU, as the processor leaves them: the model then knows the longest question without waiting.
+        "question_spans": torch.tensor([layout.visual_tokens, asked]).repeat(batch, 1, 1),
+        "pixel_values": draw.pixels(batch, layout.tiles, 3, side, side),
     }
 
 
-def _pixels(config: Any, layout: Layout, batch: int, ids: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+def _pixels(config: Any, layout: Layout, ids: Tensor, draw: Draw) -> Request:
     """Pixels in the shape that each processor gives them, and what goes with them."""
-    patch = config.vision_config.patch_size
-    rows, columns = layout.grid
+    batch, vision, (rows, columns) = ids.shape[0], config.vision_config, layout.grid
     if config.model_type == "qwen2_vl":
-        vision = config.vision_config
-        length = vision.in_channels * vision.temporal_patch_size * patch * patch
+        length = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
         return {
-            "pixel_values": torch.randn(batch * rows * columns, length, generator=generator),
-            "image_grid_thw": torch.tensor([[1, rows, columns]]).expand(batch, -1).clone(),
+            "pixel_values": draw.pixels(batch * rows * columns, length),
+            "image_grid_thw": torch.tensor([1, rows, columns], device=ids.device).repeat(batch, 1),
             "mm_token_type_ids": (ids == config.image_token_id).int(),
         }
     if config.model_type == "internvl":
-        height, width = rows * patch[0], columns * patch[1]
-        return {"pixel_values": torch.randn(batch * layout.tiles, 3, height, width, generator=generator)}
-    side = config.vision_config.image_size
+        return {"pixel_values": draw.pixels(batch * layout.tiles, 3, *vision.image_size)}
+    shape = (vision.image_size, vision.image_size)
     if config.model_type == "smolvlm":
         return {
-            "pixel_values": torch.randn(batch, layout.tiles, 3, side, side, generator=generator),
-            "pixel_attention_mask": torch.ones(batch, layout.tiles, side, side, dtype=torch.long),
+            "pixel_values": draw.pixels(batch, layout.tiles, 3, *shape),
+            "pixel_attention_mask": ids.new_ones(batch, layout.tiles, *shape),
         }
-    return {"pixel_values": torch.randn(batch, 3, side, side, generator=generator)}
+    return {"pixel_values": draw.pixels(batch, 3, *shape)}
 
 
 def _flashsloth_parts(model: Any) -> Parts:
-    return Parts(
-        model.vision_tower, model.language_model, model.vision_tower, (model.pooling, model.projector)
-    )
+    return Parts(model.vision_tower, model.language_model, model.vision_tower, (model.pooling, model.projector))
 
 
 def _llava_parts(model: Any) -> Parts:
