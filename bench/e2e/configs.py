@@ -31,8 +31,8 @@ SMALL_VOCABULARY, SMALL_IMAGE, SMALL_LEARNABLE, SMALL_VIDEO, SMALL_START = 320, 
 _SMALL_TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "image_size": 42, "patch_size": 7}
 _SMALL_DECODER = {
     "vocab_size": SMALL_VOCABULARY,
-    "hidden_size": 48,
-    "intermediate_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 96,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
 }
@@ -92,7 +92,7 @@ def qwen2_vl_2b(small: bool) -> Qwen2VLConfig:
     vision: dict[str, Any] = {"depth": 32, "embed_dim": 1280, "hidden_size": 1536, "num_heads": 16, "patch_size": 14}
     ids: dict[str, Any] = {}
     if small:
-        rotary = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 2, 2]}
+        rotary = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
         text = {**_SMALL_GROUPED, "rope_parameters": rotary}
         vision = {"depth": 2, "embed_dim": 32, "hidden_size": text["hidden_size"], "num_heads": 2, "patch_size": 7}
         ids = {
@@ -105,7 +105,7 @@ def qwen2_vl_2b(small: bool) -> Qwen2VLConfig:
 
 
 def internvl2_2b(small: bool) -> InternVLConfig:
-    """config.json of OpenGVLab/InternVL2-2B; InternLM2 1.8B is a Llama whose queries, keys and values share a matrix."""
+    """config.json of OpenGVLab/InternVL2-2B; InternLM2 1.8B is a Llama with its projections in one matrix."""
     text: dict[str, Any] = {
         "vocab_size": 92553,
         "hidden_size": 2048,

@@ -9,6 +9,9 @@ from bench.e2e.memory import parameters
 from bench.e2e.models import MODELS, RESOLUTIONS, Model
 from bench.e2e.points import Point
 
+# Digits behind the point of what the table shows.
+_SHOWN = {FIRST_TOKEN: 2, PREFILL: 2, DECODE: 4}
+
 
 class Counted(NamedTuple):
     """One model on one image, at full size.
@@ -29,7 +32,7 @@ class Counted(NamedTuple):
 
 
 def count() -> list[Counted]:
-    """Every model at every resolution. Takes about two seconds, for models without memory whose parameters it counts."""
+    """Every model at every resolution. Takes seconds: parameters are counted on models built without memory."""
     return [_count(Point(model, *resolution, 1, False)) for model in MODELS for resolution in RESOLUTIONS]
 
 
@@ -62,6 +65,3 @@ def table() -> tuple[list[str], list[list[str]]]:
         for one in count()
     ]
     return headings, lines
-
-
-_SHOWN = {FIRST_TOKEN: 2, PREFILL: 2, DECODE: 4}
