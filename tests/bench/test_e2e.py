@@ -1,0 +1,626 @@
+"""Whole models: are tokens and flops counted right, is what is timed what is meant, does what goes wrong show."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench.e2e import claims, flops, memory, phases, points, run, tokens
+from bench.e2e.check import check
+from bench.e2e.counted import count
+from bench.e2e.counted import table as counted_table
+from bench.e2e.models import (
+    AVERAGE,
+    CONTROL,
+    FLASHSLOTH,
+    FLASHSLOTH_HD,
+    INTERNVL_1B,
+    INTERNVL_2B,
+    MODELS,
+    QWEN2_VL,
+    RESOLUTIONS,
+    SHUFFLE,
+    SMALL_RESOLUTIONS,
+    SMOLVLM,
+    Model,
+)
+from bench.e2e.points import Point
+from bench.result import Row
+from bench.timing import fixed_threads
+from flashsloth.modules import EmbeddedQuery, SpatialAttentionPool
+from flashsloth_ops import EmbeddedQueryParams
+from flashsloth_ops.reference.embedded_query import absorbed_forward
+from flashsloth_ops.reference.spatial_pool import spatial_attention_pool
+
+TEXT, NEW = 8, 4
+every_model = pytest.mark.parametrize("model", MODELS, ids=lambda model: model.name)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    with fixed_threads(1):
+        yield
+
+
+class Built:
+    """A small model and a request to it."""
+
+    def __init__(self, model: Model, attention: str = "sdpa", image: tuple[int, int] = (147, 98), batch: int = 2):
+        self.model, self.batch = model, batch
+        self.module = model.build(True, "cpu", torch.float32, attention)
+        self.config, self.parts = self.module.config, model.parts(self.module)
+        self.layout = model.layout(self.config, *image)
+        self.request = model.request(self.config, self.layout, batch, TEXT, "cpu", torch.float32)
+        self.prompt = model.prompt(self.layout, self.config, TEXT)
+
+    def works(self) -> dict[str, flops.Work]:
+        return flops.works(self.model, self.config, self.layout, self.batch, TEXT, NEW)
+
+    def check(self) -> Any:
+        return check(self.model, self.module, self.request, self.prompt, small=True)
+
+
+# ---- tokens ----
+
+VISUAL_TOKENS = {
+    FLASHSLOTH: (81, 81, 81),
+    FLASHSLOTH_HD: (405, 405, 405),
+    CONTROL: (729, 729, 729),
+    AVERAGE: (81, 81, 81),
+    SHUFFLE: (81, 81, 81),
+    QWEN2_VL: (14 * 14, 27 * 27, 48 * 32),
+    INTERNVL_2B: (256, 5 * 256, 7 * 256),
+    INTERNVL_1B: (256, 5 * 256, 7 * 256),
+    SMOLVLM: (17 * 81, 17 * 81, 13 * 81),
+}
+
+
+@every_model
+def test_visual_tokens_of_full_models(model: Model) -> None:
+    config = model.config(False)
+    found = tuple(model.layout(config, *resolution).visual_tokens for resolution in RESOLUTIONS)
+    assert found == VISUAL_TOKENS[model]
+
+
+@every_model
+def test_small_models_cut_small_images_into_as_many_tiles(model: Model) -> None:
+    full, small = model.config(False), model.config(True)
+    assert type(full) is type(small)
+    for large_image, small_image in zip(RESOLUTIONS, SMALL_RESOLUTIONS, strict=True):
+        assert model.layout(full, *large_image).tiles == model.layout(small, *small_image).tiles
+
+
+SIDES = (57, 224, 383, 384, 385, 448, 700, 768, 896, 1000, 1344, 1536, 2000)
+
+
+def test_qwen_tokens_are_those_of_transformers() -> None:
+    processor = pytest.importorskip("transformers.models.qwen2_vl.image_processing_pil_qwen2_vl")
+    config = QWEN2_VL.config(False)
+    for width in SIDES:
+        for height in SIDES:
+            rows, columns = processor.smart_resize(height, width, min_pixels=3136, max_pixels=12845056)
+            assert tokens.qwen2_vl(config, width, height).grid == (rows // 14, columns // 14)
+
+
+def test_internvl_tiles_are_those_of_transformers() -> None:
+    processor = pytest.importorskip("transformers.models.got_ocr2.image_processing_pil_got_ocr2")
+    config = INTERNVL_2B.config(False)
+    for width in SIDES:
+        for height in SIDES:
+            columns, rows = processor.get_optimal_tiled_canvas((height, width), (448, 448), 1, 12)
+            tiles = columns * rows + (columns * rows > 1)
+            assert tokens.internvl(config, width, height).tiles == tiles, (width, height)
+
+
+def test_smolvlm_tiles_are_those_of_transformers() -> None:
+    module = pytest.importorskip("transformers.models.smolvlm.image_processing_pil_smolvlm")
+    import numpy as np
+
+    processor = module.SmolVLMImageProcessorPil(size={"longest_edge": 1536}, max_image_size={"longest_edge": 384})
+    config = SMOLVLM.config(False)
+    for width, height in [*RESOLUTIONS, (384, 385), (1000, 57), (57, 1000), (1344, 700), (896, 1344)]:
+        image = np.zeros((1, height, width), dtype=np.uint8)
+        image = processor.resize(image, processor.size, resample=0)
+        image = processor.resize_for_vision_encoder(image, 384, resample=0)
+        frames, rows, columns = processor.split_images(image, {"longest_edge": 384}, resample=0)
+        layout = tokens.smolvlm(config, width, height)
+        # Two tags a tile, one line break a row, and a tag behind everything.
+        assert (layout.tiles, layout.marks) == (len(frames), 2 * len(frames) + rows + 1), (width, height)
+        assert rows * columns + 1 == len(frames)
+
+
+# ---- models ----
+
+# As the pages of the checkpoints state them, in billions; the control has no page.
+PARAMETERS = {FLASHSLOTH: 3.2, QWEN2_VL: 2.21, INTERNVL_2B: 2.21, INTERNVL_1B: 0.94, SMOLVLM: 2.25}
+
+
+def test_full_models_have_the_parameters_of_the_checkpoints() -> None:
+    for model, billions in PARAMETERS.items():
+        digits = len(str(billions).split(".")[1])
+        assert round(memory.parameters(model, False).total / 1e9, digits) == billions, model.name
+
+
+@every_model
+def test_what_is_computed_and_not_drawn_is_right(model: Model) -> None:
+    module = model.build(True, "cpu", torch.float32)
+    assert all(bool(p.isfinite().all()) for p in module.parameters())
+    seen = set()
+    for name, buffer in module.named_buffers():
+        kind = name.split(".")[-1]
+        seen.add(kind)
+        if kind == "position_ids":
+            assert torch.equal(buffer.flatten(), torch.arange(buffer.numel()))
+        elif kind in ("inv_freq", "original_inv_freq"):
+            theta = buffer[-1].item() ** (-buffer.numel() / max(buffer.numel() - 1, 1))
+            expected = theta ** -(torch.arange(buffer.numel()) / buffer.numel())
+            assert torch.allclose(buffer, expected)
+    assert "inv_freq" in seen
+
+
+@every_model
+def test_the_same_weights_every_time(model: Model) -> None:
+    first, second = (model.build(True, "cpu", torch.float32).state_dict() for _ in range(2))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def test_pooling_peers_pool_windows() -> None:
+    features = torch.arange(36.0).view(1, 36, 1).expand(-1, -1, 32)
+    for model, width in ((AVERAGE, 32), (SHUFFLE, 9 * 32)):
+        projector = model.build(True, "cpu", torch.float32).model.multi_modal_projector
+        given: list[torch.Tensor] = []
+        projector.linear_1.register_forward_pre_hook(lambda _, inputs, given=given: given.append(inputs[0]))
+        projector(features)
+        assert given[0].shape == (1, 4, width)
+        # The first window of a 6x6 grid holds 0 1 2, 6 7 8, 12 13 14; the last is 21 further on.
+        assert given[0][0, :, ::32].mean(-1).tolist() == [7.0, 10.0, 25.0, 28.0]
+
+
+# ---- flops ----
+
+
+@every_model
+@pytest.mark.parametrize("image", SMALL_RESOLUTIONS[1:], ids=str)
+def test_flops_are_those_of_the_counter(model: Model, image: tuple[int, int]) -> None:
+    """Exactly: both count products and attention. Fused ops hide theirs from the counter and are compared below."""
+    built = Built(model, "eager", image)
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        built.module(**built.request, use_cache=True, logits_to_keep=1)
+    works = built.works()
+    assert counter.get_total_flops() == works["first token"].flops - _fused(built)
+    parts = sum(works[phase].flops for phase in ("vision", "compression", "prefill"))
+    assert parts == works["first token"].flops
+
+
+def _fused(built: Built) -> float:
+    """Flops of the ops in a forward pass."""
+    if not built.model.ours:
+        return 0.0
+    forward = flops.forward(built.model, built.config, built.layout, built.batch, TEXT)
+    hidden, score, *_, state = forward.compression
+    return sum(product.flops for product in (hidden, score, state, *forward.queries)) + forward.query_attention
+
+
+def test_decode_flops_are_those_of_the_counter() -> None:
+    built = Built(QWEN2_VL, "eager")
+    module, request = built.module, built.request
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        module(**request, use_cache=True, logits_to_keep=1)
+        first = counter.get_total_flops()
+        module.generate(**request, max_new_tokens=NEW, do_sample=False)
+    works = built.works()
+    assert counter.get_total_flops() - first == works["answer"].flops
+    assert works["answer"].flops == first + (NEW - 1) * works["decode"].flops
+
+
+@pytest.mark.parametrize("stage", flops.STAGES)
+@every_model
+def test_training_flops_are_those_of_the_counter(model: Model, stage: str) -> None:
+    built = Built(model, "eager")
+    with (
+        phases.Training(model, built.module, built.request, stage) as training,
+        FlopCounterMode(display=False) as counter,
+    ):
+        training.loss().backward()
+    expected = built.works()[stage].flops
+    if model.ours:
+        forward = flops.forward(model, built.config, built.layout, built.batch, TEXT)
+        hidden, score, *_, state = forward.compression
+        trained = 3 if stage == flops.TRAINING_2 else 2
+        # The gradient of the down-projection of the image is an ordinary product outside of the op.
+        expected -= 2 * hidden.flops + 3 * score.flops + state.flops
+        expected -= trained * sum(product.flops for product in forward.queries) + 3 * forward.query_attention
+    assert counter.get_total_flops() == expected
+
+
+def test_flops_of_the_fused_ops_are_those_of_their_reference() -> None:
+    built = Built(FLASHSLOTH_HD, "sdpa")
+    forward = flops.forward(built.model, built.config, built.layout, built.batch, TEXT)
+    hidden, score, *_, state = forward.compression
+    width, patches, side = built.config.vision_config.hidden_size, built.layout.patches, built.layout.grid
+    mlp = built.module.pooling.mlp
+    weights = (mlp["0"].weight, mlp["0"].bias, mlp["3"].weight, mlp["3"].bias)
+    tiles = torch.randn(built.batch * built.layout.tiles, side[0] * side[1], width)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        spatial_attention_pool(tiles, *weights, grid=side)
+    # The counter leaves out a product with a vector, which the scores are.
+    assert counter.get_total_flops() in (hidden.flops, hidden.flops + score.flops)
+
+    params: EmbeddedQueryParams = built.module.embedded_query.params()
+    wide, inner, asked = built.config.text_config.hidden_size, built.config.query_dim, TEXT - TEXT // 2
+    rows = [torch.randn(built.batch, count, wide) for count in (built.config.num_queries, asked)]
+    image = torch.randn(built.batch, patches, width)
+    named = [value for name, value in params._asdict().items() if not name.startswith("down_image")]
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        y = image @ params.down_image_weight.T
+        assert counter.get_total_flops() == state.flops
+        rstd = torch.ones(y.shape[:2])
+        absorbed_forward(rows[0], rows[1], None, image, y, rstd, named, built.config.query_heads, 1e-5)
+    assert y.shape[-1] == inner
+    expected = sum(product.flops for product in forward.queries) + forward.query_attention
+    assert counter.get_total_flops() - state.flops == expected
+
+
+# ---- memory ----
+
+
+@pytest.mark.parametrize("stage", flops.STAGES)
+@every_model
+def test_memory_at_least(model: Model, stage: str) -> None:
+    """A bound from below that is of use: what autograd keeps of the language model is at least a quarter of all."""
+    built = Built(model)
+    with phases.Training(model, built.module, built.request, stage) as training:
+        kept = training.kept_bytes()
+        trained = sum(p.numel() for p in built.module.parameters() if p.requires_grad)
+    counted = memory.parameters(model, True)
+    assert counted.total == sum(p.numel() for p in built.module.parameters())
+    assert counted.trained[stage] == trained
+    shape = (built.layout, built.batch, TEXT, NEW)
+    least = memory.bytes_at_least(model, built.config, *shape, stage, True, 4) - 4 * (counted.total + 3 * trained)
+    assert kept / 4 < least < kept
+
+
+@every_model
+def test_trained_sets(model: Model) -> None:
+    built = Built(model)
+    tower = {id(p) for p in built.parts.tower.parameters()}
+    projector = {id(p) for module in built.parts.projector for p in module.parameters()}
+    every = {id(p) for p in built.module.parameters()}
+    for stage, expected in zip(flops.STAGES, (projector, every - (tower - projector)), strict=True):
+        memory.choose_trained(built.module, built.parts, stage)
+        assert {id(p) for p in built.module.parameters() if p.requires_grad} == expected
+    assert projector
+    assert not model.ours or not projector & tower
+
+
+# ---- checks ----
+
+
+@every_model
+def test_what_is_right_passes(model: Model) -> None:
+    verdict = Built(model, "flashsloth" if model.ours else "sdpa").check()
+    assert verdict.failure is None
+    assert (verdict.max_error is not None) == model.ours
+
+
+@every_model
+def test_another_number_of_tokens_fails(model: Model) -> None:
+    built = Built(model)
+    built.prompt += 1
+    assert built.check().failure == (
+        f"prompt: expected the language model to see {built.prompt} tokens, got [{built.prompt - 1}]"
+    )
+
+
+def test_values_that_are_not_finite_fail() -> None:
+    built = Built(CONTROL)
+    built.module.lm_head.weight.data[3] = torch.nan
+    assert built.check().failure == "logits: expected finite values, got others"
+
+
+@pytest.mark.parametrize("wrong", ["pooling", "queries"])
+def test_a_wrong_op_fails(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
+    """The first pass is the one that is checked; those it is compared with come later and are right."""
+    built = Built(FLASHSLOTH)
+    module = {"pooling": SpatialAttentionPool, "queries": EmbeddedQuery}[wrong]
+    right, calls = module.forward, []
+
+    def forward(self: Any, first: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+        calls.append(wrong)
+        if len(calls) > 1:
+            return right(self, first, *others)
+        if wrong == "queries":
+            return first  # not updated
+        return first.view(-1, 2, 3, 2, 3, first.shape[-1]).mean((2, 4)).flatten(1, 2)  # a plain average
+
+    monkeypatch.setattr(module, "forward", forward)
+    assert "logits: error" in built.check().failure
+    assert len(calls) == 3
+
+
+# ---- phases ----
+
+
+class Counting:
+    """A clock that ticks once a mark, so that seconds are the number of marks in between."""
+
+    def __init__(self) -> None:
+        self.ticks = 0
+
+    def mark(self) -> int:
+        self.ticks += 1
+        return self.ticks
+
+    def seconds(self, start: int, end: int) -> float:
+        return float(end - start)
+
+    def settle(self) -> None:
+        """There is nothing to wait for."""
+
+
+@every_model
+def test_the_parts_of_the_first_token(model: Model) -> None:
+    built = Built(model)
+    order: list[str] = []
+    built.parts.tower_end.register_forward_hook(lambda *_: order.append("tower"))
+    built.parts.language.register_forward_pre_hook(lambda *_: order.append("language"))
+    for module in built.parts.projector[:1]:
+        module.register_forward_pre_hook(lambda *_: order.append("projector"))
+    found = phases.first_token(built.module, built.parts, built.request, Counting())
+    assert order == ["tower", "projector", "language"]
+    assert found == {"vision": 1.0, "compression": 1.0, "prefill": 1.0, "first token": 3.0}
+    real = phases.first_token(built.module, built.parts, built.request, phases.HostClock())
+    assert min(real.values()) > 0
+    assert real["vision"] + real["compression"] + real["prefill"] == pytest.approx(real["first token"])
+
+
+@every_model
+def test_an_answer_has_its_length(model: Model) -> None:
+    built = Built(model)
+    found = phases.answer(built.module, built.request, NEW, Counting())
+    # A mark before, one behind each of four passes, one behind all; from the first pass to the last it is three steps.
+    assert found == {"decode": 1.0, "answer": 5.0}
+
+
+def test_an_answer_of_another_length_is_refused() -> None:
+    built = Built(CONTROL)
+    first = int(built.module.generate(**built.request, max_new_tokens=1, do_sample=False)[0, -1])
+    one = {name: value[:1] for name, value in built.request.items()}
+    built.module.generation_config.eos_token_id = first
+    with pytest.raises(RuntimeError, match="answer: expected 4 tokens in as many passes, got 1"):
+        phases.answer(built.module, one, NEW, Counting())
+
+
+@every_model
+def test_training_leaves_nothing_behind(model: Model) -> None:
+    built = Built(model)
+    before = {name: value.clone() for name, value in built.module.state_dict().items()}
+    for stage in flops.STAGES:
+        with phases.Training(model, built.module, built.request, stage) as training:
+            assert built.module.training
+            training.loss().backward()
+            learns = {n for n, p in built.module.named_parameters() if p.grad is not None and bool(p.grad.any())}
+            training.step()
+        names = {id(p): n for n, p in built.module.named_parameters()}
+        for module in built.parts.projector:
+            assert {names[id(p)] for p in module.parameters() if p.dim() > 1} <= learns
+        assert all(p.grad is None and not p.requires_grad for p in built.module.parameters())
+        assert not built.module.training
+    assert all(torch.equal(value, before[name]) for name, value in built.module.state_dict().items())
+
+
+def test_rounds() -> None:
+    calls: list[int] = []
+
+    def once() -> dict[str, float]:
+        calls.append(len(calls))
+        return {"a": float(calls[-1])}
+
+    assert phases.repeat(once, phases.Rounds(0.0, 3, 9)) == {"a": [1.0, 2.0, 3.0]}  # the first is to warm up
+    calls.clear()
+    assert len(phases.repeat(once, phases.Rounds(1e9, 3, 9))["a"]) == 9
+
+
+class Attentive:
+    """Takes any attention but one that is not installed."""
+
+    def __init__(self) -> None:
+        self.now = ""
+
+    def set_attn_implementation(self, name: str) -> None:
+        if name == "absent":
+            raise ImportError("no such package")
+        self.now = name
+
+
+def test_the_fastest_attention_is_chosen() -> None:
+    model = Attentive()
+    seconds = {"slow": 2.0, "fast": 1.0}
+    chosen = phases.choose_attention(model, ("absent", "slow", "fast"), lambda: seconds[model.now])
+    assert chosen == model.now == "fast"
+    assert phases.choose_attention(model, ("fast", "slow"), lambda: seconds[model.now]) == model.now == "fast"
+    with pytest.raises(ImportError):
+        phases.choose_attention(model, ("absent", "absent"), lambda: 1.0)
+
+
+class Growing:
+    """A meter whose peak is a byte more at each restart."""
+
+    def __init__(self) -> None:
+        self.restarts = 0
+
+    def restart(self) -> None:
+        self.restarts += 1
+
+    def peak(self) -> int:
+        return self.restarts
+
+
+def test_peaks_of_the_phases() -> None:
+    built = Built(CONTROL)
+    found = phases.inference_peaks(built.module, built.parts, built.request, NEW, Growing())
+    assert found == {"vision": 1, "compression": 2, "prefill": 3, "first token": 3, "decode": 6, "answer": 6}
+
+
+# ---- the run ----
+
+
+def only(*models: Model) -> Any:
+    return lambda case, provider: provider in {model.name for model in models}
+
+
+def test_a_run_and_going_on_with_it() -> None:
+    told: list[str] = []
+    wanted = only(FLASHSLOTH, AVERAGE)
+    found = list(run.run("cpu", quick=True, budget=0.0, step=told.append, chosen=wanted))
+    assert [(rows[0].provider, rows[0].case) for rows in found] == [
+        (model.name, case) for model in (FLASHSLOTH, AVERAGE) for case in ("e2e/42x42-b1", "e2e/147x98-b1")
+    ]
+    assert [row.mode for row in found[0]] == list(flops.PHASES)
+    every = [row for rows in found for row in rows]
+    assert len({row.key for row in every}) == len(every)
+    for row in every:
+        assert (row.failure, row.missing) == (None, None)
+        assert len(row.samples) >= 3
+        assert row.p50 is not None
+        assert row.p50 > 0
+        assert (row.flops > 0, row.bytes > 0, row.method, row.dtype) == (True, True, "wall", "float32")
+        assert row.variant == ("flashsloth" if row.ours else "sdpa")
+        assert (row.max_error is not None) == row.ours
+        assert (row.kept_bytes is not None) == row.mode.startswith("training")
+    sizes = found[0][0].size
+    # Eight words, nine queries.
+    assert sizes == {
+        "width": 42,
+        "height": 42,
+        "batch": 1,
+        "visual_tokens": 4,
+        "text_tokens": 17,
+        "new_tokens": 4,
+    }
+    assert any("inference" in text for text in told)
+
+    done = {row.key for rows in found[:3] for row in rows}
+    again = list(run.run("cpu", quick=True, budget=0.0, done=done, chosen=wanted))
+    assert [(rows[0].provider, rows[0].case) for rows in again] == [(AVERAGE.name, "e2e/147x98-b1")]
+
+
+def test_every_full_point_is_declared() -> None:
+    found = points.points("cuda", quick=False, small=False)
+    assert len(found) == len(MODELS) * 3 * 3
+    assert {(p.width, p.height) for p in found} == set(RESOLUTIONS)
+    assert {p.batch for p in found} == {1, 8, 32}
+    rows = Point(SMOLVLM, 1344, 896, 32, False).rows("cuda")
+    assert rows[0].case == "e2e/1344x896-b32"
+    assert (rows[0].dtype, rows[0].method) == ("bfloat16", "call")
+    assert rows[0].size["visual_tokens"] == 1053
+    assert points.points("cpu", quick=False, small=False) == points.points("cuda", quick=False, small=True)
+
+
+def test_what_fails_its_check_has_no_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = replace(AVERAGE, layout=tokens.compressed(2))  # says four times what it will see
+    monkeypatch.setattr(points, "MODELS", (wrong,))
+    rows = next(run.run("cpu", quick=True, budget=0.0))
+    for row in rows:
+        assert row.failure is not None
+        assert "Image features and image tokens do not match" in row.failure
+    assert all(not row.samples and row.p50 is None and row.missing is None for row in rows)
+
+
+def test_what_does_not_fit_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(points, "MODELS", (AVERAGE,))
+    monkeypatch.setattr(phases.Training, "kept_bytes", full)
+    rows = {row.mode: row for row in next(run.run("cpu", quick=True, budget=0.0))}
+    for phase, row in rows.items():
+        assert row.failure is None
+        if phase in flops.STAGES:
+            assert row.missing is not None
+            assert row.missing.startswith("does not fit in memory: needs 0.0 GB at least")
+            assert not row.samples
+        else:
+            assert row.missing is None
+            assert row.samples
+
+    monkeypatch.setattr(Model, "build", full)
+    rows = {row.mode: row for row in next(run.run("cpu", quick=True, budget=0.0))}
+    assert all(row.missing is not None and not row.samples for row in rows.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+@every_model
+def test_small_models_on_a_gpu(model: Model) -> None:
+    for rows in run.run("cuda", quick=True, small=True, budget=0.0, chosen=only(model)):
+        for row in rows:
+            assert (row.failure, row.missing) == (None, None)
+            assert row.samples
+            assert row.peak_bytes is not None
+            assert row.peak_bytes > 0
+
+
+# ---- claims ----
+
+
+def test_counted_claims() -> None:
+    counted = count()
+    found = claims.findings(counted=counted)
+    assert {one.claim for one in found} == {claims.TOKENS, claims.FLOPS, claims.PREFILL_FLOPS}
+    assert len(found) == 3 * 2 * 5 * 3  # claims, ours, peers, images
+    by = {(one.claim.quantity, one.model, one.peer, one.width): one for one in found}
+    control = by["visual tokens", "FlashSloth", "uncompressed", 384]
+    assert control.gain == pytest.approx(8 / 9)
+    assert control.holds
+    # On small images the peers need few tokens, and about as many flops.
+    small = by["flops to the first token", "FlashSloth", "Qwen2-VL-2B", 384]
+    large = by["flops to the first token", "FlashSloth", "Qwen2-VL-2B", 1344]
+    assert not small.holds
+    assert large.holds
+    lines = claims.table(found)
+    first = next(line for line in lines if line.quantity == "visual tokens")
+    assert (first.claimed, first.model, first.image) == ("-80% to -89%", "FlashSloth", "384x384")
+    assert "uncompressed -89%" in first.found
+    assert first.verdict == "does not hold against Qwen2-VL-2B, InternVL2-2B, InternVL2.5-1B"
+    assert [line.found for line in lines if line.quantity == "time to the answer"] == ["not measured at full size"]
+    headings, body = counted_table()
+    assert len(body) == len(counted)
+    assert all(len(line) == len(headings) for line in body)
+
+
+def _measured(model: Model, image: tuple[int, int], batch: int, seconds: float, peak: int) -> Row:
+    row = next(r for r in Point(model, *image, batch, False).rows("cuda") if r.mode == "answer")
+    row.set_times([seconds] * 3)
+    row.peak_bytes = peak
+    return row
+
+
+def test_measured_claims() -> None:
+    rows = [
+        _measured(FLASHSLOTH, (768, 768), 1, 1.0, 30),
+        _measured(QWEN2_VL, (768, 768), 1, 3.0, 100),
+        _measured(FLASHSLOTH, (768, 768), 8, 1.0, 60),
+        _measured(QWEN2_VL, (768, 768), 8, 1.5, 100),
+        _measured(CONTROL, (384, 384), 1, 9.0, 100),  # nothing of ours to compare with
+        replace(_measured(INTERNVL_2B, (768, 768), 1, 9.0, 100), failure="wrong"),
+    ]
+    small = Point(FLASHSLOTH, 42, 42, 1, True).rows("cpu")[5]
+    small.set_times([1.0])
+    found = claims.findings([*rows, small], counted=())
+    assert [(one.claim, one.peer, one.batch) for one in found] == [
+        (claims.INFERENCE_MEMORY, "Qwen2-VL-2B", 1),
+        (claims.LATENCY, "Qwen2-VL-2B", 1),
+        (claims.INFERENCE_MEMORY, "Qwen2-VL-2B", 8),
+        (claims.LATENCY, "Qwen2-VL-2B", 8),
+    ]
+    assert [one.gain for one in found] == pytest.approx([0.7, 3.0, 0.4, 1.5])
+    assert [one.holds for one in found] == [True, True, False, False]
+    latency = next(line for line in claims.table(found) if line.quantity == "time to the answer")
+    assert (latency.claimed, latency.found) == ("2x to 5x", "Qwen2-VL-2B 1.5x to 3x")
+    assert latency.verdict == "does not hold"
