@@ -22,7 +22,7 @@ from bench.result import Row
 
 OP = "e2e"
 BATCHES, SMALL_BATCHES = (1, 8, 32), (1, 2, 4)
-NEW_TOKENS, SMALL_NEW_TOKENS = 64, 4
+NEW_TOKENS, SMALL_NEW_TOKENS = 32, 4
 METHODS = {"cpu": "wall", "cuda": "call"}
 
 

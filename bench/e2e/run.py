@@ -105,6 +105,8 @@ class _Bench:
 
     def _attempt(self, point: Point, rows: list[Row], body: Callable[[], None]) -> None:
         """Run ``body``; what goes wrong is said by the rows, which then have no times: half a measurement is none."""
+        if self.device == "cuda":
+            _release(self.device)  # what another phase left behind in pieces may be too scattered for this one
         config = self.model.config(point.small)
         needs = max(point.bytes_at_least(config, row.mode, self.dtype.itemsize) for row in rows)
         has = "" if self.memory is None else f", the device has {self.memory / 1e9:.1f} GB"

@@ -185,10 +185,9 @@ def test_pooling_peers_pool_windows() -> None:
 
 
 @every_model
-@pytest.mark.parametrize("image", SMALL_RESOLUTIONS[1:], ids=str)
-def test_flops_are_those_of_the_counter(model: Model, image: tuple[int, int]) -> None:
+def test_flops_are_those_of_the_counter(model: Model) -> None:
     """Exactly: both count products and attention. Fused ops hide theirs from the counter and are compared below."""
-    built = Built(model, "eager", image)
+    built = Built(model, "eager")
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         built.module(**built.request, use_cache=True, logits_to_keep=1)
     works = built.works()
