@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.e2e import claims, flops, memory, phases, points, run, tokens
+from bench.e2e import claims, flops, memory, phases, points, run, summary, tokens
 from bench.e2e.check import check
 from bench.e2e.counted import count
 from bench.e2e.counted import table as counted_table
@@ -50,12 +50,12 @@ def _one_thread() -> Iterator[None]:
 class Built:
     """A small model and a request to it."""
 
-    def __init__(self, model: Model, attention: str = "sdpa", image: tuple[int, int] = (147, 98), batch: int = 2):
+    def __init__(self, model: Model, attention: str = "sdpa", batch: int = 2, dtype: torch.dtype = torch.float32):
         self.model, self.batch = model, batch
-        self.module = model.build(True, "cpu", torch.float32, attention)
+        self.module = model.build(True, "cpu", dtype, attention)
         self.config, self.parts = self.module.config, model.parts(self.module)
-        self.layout = model.layout(self.config, *image)
-        self.request = model.request(self.config, self.layout, batch, TEXT, "cpu", torch.float32)
+        self.layout = model.layout(self.config, 147, 98)
+        self.request = model.request(self.config, self.layout, batch, TEXT, "cpu", dtype)
         self.prompt = model.prompt(self.layout, self.config, TEXT)
 
     def works(self) -> dict[str, flops.Work]:
@@ -322,10 +322,12 @@ def test_values_that_are_not_finite_fail() -> None:
     assert built.check().failure == "logits: expected finite values, got others"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("wrong", ["pooling", "queries"])
-def test_a_wrong_op_fails(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
+def test_a_wrong_op_fails(monkeypatch: pytest.MonkeyPatch, wrong: str, dtype: torch.dtype) -> None:
     """The first pass is the one that is checked; those it is compared with come later and are right."""
-    built = Built(FLASHSLOTH)
+    built = Built(FLASHSLOTH, dtype=dtype)
+    assert built.check().failure is None
     module = {"pooling": SpatialAttentionPool, "queries": EmbeddedQuery}[wrong]
     right, calls = module.forward, []
 
@@ -563,6 +565,48 @@ def test_small_models_on_a_gpu(model: Model) -> None:
             assert row.samples
             assert row.peak_bytes is not None
             assert row.peak_bytes > 0
+
+
+def test_summaries() -> None:
+    point = Point(CONTROL, 384, 384, 8, False)
+    rows = point.rows("cuda")
+    for number, row in enumerate(rows):
+        row.variant, row.peak_bytes = "sdpa", 10**9 * (number + 1)
+        row.set_times([0.1 * (number + 1)])
+    rows[-1].samples, rows[-1].p20, rows[-1].p50, rows[-1].p80, rows[-1].peak_bytes = [], None, None, None, None
+    rows[-1].missing = "does not fit"
+    other = Point(AVERAGE, 384, 384, 1, False).rows("cuda")
+    for row in other:
+        row.failure = "wrong"
+    first, second = summary.summaries([*rows, *other])
+    assert (first.model, first.batch, first.note) == (AVERAGE.name, 1, "all: wrong")
+    assert second.model == CONTROL.name
+    assert (second.vision, second.compression, second.prefill, second.first_token) == (0.1, 0.2, 0.3, 0.4)
+    assert second.tokens_per_second == 8 / 0.5
+    assert second.requests_per_second == 8 / 0.6
+    assert second.answer_bytes == 6 * 10**9
+    assert second.training == (0.7, None)
+    assert second.training_bytes == (7 * 10**9, None)
+    assert second.note == "training stage 2: does not fit"
+    headings, lines = summary.table([*rows, *other])
+    assert dict(zip(headings, lines[1], strict=True)) == {
+        "image": "384x384",
+        "batch": "8",
+        "model": "uncompressed",
+        "attention": "sdpa",
+        "visual tokens": "729",
+        "prefill TFLOPs": "33.6",
+        "vision ms": "100",
+        "compression ms": "200",
+        "prefill ms": "300",
+        "first token ms": "400",
+        "decode tokens/s": "16",
+        "requests/s": "13.3",
+        "answer GB": "6",
+        "training ms, stage 1 / 2": "700 / -",
+        "training GB, stage 1 / 2": "7 / -",
+        "": "training stage 2: does not fit",
+    }
 
 
 # ---- claims ----
