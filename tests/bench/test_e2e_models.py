@@ -155,6 +155,13 @@ def test_pooling_peers_pool_windows() -> None:
 # ---- flops ----
 
 
+def counted(counter: FlopCounterMode) -> int:
+    """All, but for the angles of rotary embeddings, which some versions of transformers compute as a product."""
+    by_module = counter.get_flop_counts().items()
+    angles = sum(sum(ops.values()) for name, ops in by_module if name.endswith("rotary_emb"))
+    return counter.get_total_flops() - angles
+
+
 @every_model
 def test_flops_are_those_of_the_counter(model: Model) -> None:
     """Exactly: both count products and attention. Fused ops hide theirs from the counter and are compared below."""
@@ -162,7 +169,7 @@ def test_flops_are_those_of_the_counter(model: Model) -> None:
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         built.module(**built.request, use_cache=True, logits_to_keep=1)
     works = built.works()
-    assert counter.get_total_flops() == works["first token"].flops - _fused(built)
+    assert counted(counter) == works["first token"].flops - _fused(built)
     parts = sum(works[phase].flops for phase in ("vision", "compression", "prefill"))
     assert parts == works["first token"].flops
 
@@ -180,12 +187,10 @@ def test_decode_flops_are_those_of_the_counter() -> None:
     built = Built(QWEN2_VL, "eager")
     module, request = built.module, built.request
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        module(**request, use_cache=True, logits_to_keep=1)
-        first = counter.get_total_flops()
         module.generate(**request, max_new_tokens=NEW, do_sample=False)
     works = built.works()
-    assert counter.get_total_flops() - first == works["answer"].flops
-    assert works["answer"].flops == first + (NEW - 1) * works["decode"].flops
+    assert counted(counter) == works["answer"].flops
+    assert works["answer"].flops == works["first token"].flops + (NEW - 1) * works["decode"].flops
 
 
 @pytest.mark.parametrize("stage", flops.STAGES)
@@ -205,7 +210,7 @@ def test_training_flops_are_those_of_the_counter(model: Model, stage: str) -> No
         # The gradient of the down-projection of the image is an ordinary product outside of the op.
         expected -= 2 * hidden.flops + 3 * score.flops + state.flops
         expected -= trained * sum(product.flops for product in forward.queries) + 3 * forward.query_attention
-    assert counter.get_total_flops() == expected
+    assert counted(counter) == expected
 
 
 def test_flops_of_the_fused_ops_are_those_of_their_reference() -> None:
