@@ -1,111 +1,56 @@
-"""Two results of one device, row by row: how long ours takes in the one over how long it takes in the other.
+"""``python -m bench compare A B``: how long ours takes at B over how long it takes at A.
 
-On a GPU times are compared. A time on a CPU says little about another run's, so there ours is first divided by what the
-plain peers took in the same round (their geometric mean, so that the noise of one peer counts little), and these ratios
-are compared.
+A and B are results (files), git revisions, or ``.``, the working tree as it is. Two results are compared as they are
+stored. With a revision on at least one side both sides are built and timed in turns, now, on this machine; a result on
+the other side then stands for its commit and its cases. So drift of the machine cancels, and a difference is found
+that two runs apart do not show.
 """
 
 from __future__ import annotations
 
 import argparse
-import fnmatch
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import NamedTuple
 
-import numpy as np
+import torch
 from rich.box import SIMPLE
-from rich.console import Group
+from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from bench.result import Result, Row
-from bench.statistics import FEWEST, Array, Estimate, centre, combined, known
+from bench.case import DTYPES, OUR_BACKENDS, Case
+from bench.interleaved import Point, Worker, WorkerError, interleaved
+from bench.result import ROOT, Result, Row, load
+from bench.revisions import HERE, Revision, checked_out, of_result, resolve, workplace
+from bench.runner import FLOPS_AT_MOST, METHODS
+from bench.slowdown import Key, Line, View, label, matches, same_device, slowdown, span
+from bench.statistics import Estimate
 
-Key = tuple[str, ...]  # as Row.key: case, size, dtype, mode, provider, method
-
-METHOD = {"cpu": "wall", "cuda": "graph"}  # the way of timing that is compared on a kind of device
-
-# What a run as a whole is off by, as the standard deviation of a logarithm; see docs/bench.md.
-RUN_TO_RUN = {"cpu": 0.02, "cuda": 0.01}
-
-
-class View:
-    """A result, with its rows by key, and which of them are compared."""
-
-    def __init__(self, result: Result) -> None:
-        self.result = result
-        self.kind: str = result.header["kind"]
-        self.rows = {row.key: row for row in result.rows}
-        self.ours = [row.key for row in result.rows if self._compared(row) and row.passed and row.samples]
-
-    def _compared(self, row: Row) -> bool:
-        """Ours, timed as it is compared; the speed of the reference promises nothing."""
-        return row.ours and row.method == METHOD[self.kind] and not row.provider.startswith("flashsloth/reference")
-
-    def peers(self, key: Key) -> dict[str, Row]:
-        """Plain peers timed in the same rounds as this row of ours."""
-        ours = self.rows[key]
-        return {
-            row.provider: row
-            for row in self.result.rows
-            if row.point == ours.point
-            and row.method == ours.method
-            and not row.ours
-            and row.passed
-            and len(row.samples) == len(ours.samples)
-        }
-
-    def logs(self, key: Key, peers: Sequence[str]) -> Array:
-        """Logarithms of what is compared, round by round."""
-        ours = np.log(self.rows[key].samples)
-        if self.kind == "cuda":
-            return ours
-        beside = self.peers(key)
-        return ours - np.mean([np.log(beside[name].samples) for name in peers], axis=0)
+DEFAULT_BUDGET = 120.0  # seconds of rounds in all, when revisions are timed
 
 
-def slowdown(old: View, new: Sequence[View], key: Key) -> Estimate | str:
-    """Ours in the mean of the ``new`` runs over ours in the old one; or why that cannot be said.
+class Side(NamedTuple):
+    """What A or B was asked to be: a result, or a revision; of a result both, where its commit is built again."""
+
+    text: str
+    result: Result | None
+    revision: Revision | None
+
+
+def side(text: str, root: Path = ROOT) -> Side:
+    """A file of results where there is one of that name, else a revision.
 
     Raises:
-        ValueError: the results are of different devices.
+        ValueError: neither, or a file that is no result.
+        OSError: the file cannot be read.
     """
-    for view in new:
-        _same_device(old, view)
-    views = [old, *new]
-    if any(key not in view.ours for view in views):
-        return "it has no time in one of the runs"
-    peers = sorted(set.intersection(*(set(view.peers(key)) for view in views)))
-    if old.kind == "cpu" and not peers:
-        return "no plain peer was measured in both runs, and times of a CPU say nothing by themselves"
-    fewest = min(len(view.rows[key].samples) for view in views)
-    if fewest < FEWEST:
-        return f"expected at least {FEWEST} rounds in each run, got {fewest}"
-    return over([centre(view.logs(key, peers)) for view in new], centre(old.logs(key, peers)), RUN_TO_RUN[old.kind])
-
-
-def over(new: Sequence[Estimate], old: Estimate, run_to_run: float) -> Estimate:
-    """The mean of the new runs over the old one; each is off as a whole by a standard deviation of ``run_to_run``."""
-    share = 1 / len(new)
-    offsets = known(np.full_like(old.log, run_to_run**2 * (1 + share)))
-    return combined([*((share, one) for one in new), (-1.0, old), (1.0, offsets)])
-
-
-def _same_device(old: View, new: View) -> None:
-    for name in ("slug", "small"):
-        before, now = (view.result.header[name] for view in (old, new))
-        if before != now:
-            raise ValueError(f"{name}: expected two results of the same, got {before!r} and {now!r}")
-
-
-@dataclass(frozen=True)
-class Line:
-    """One provider at one size of a case: B over A, or why there is no ratio."""
-
-    key: Key
-    ratio: Estimate | None
-    note: str = ""
+    path = Path(text)
+    if text != HERE and (path.suffix == ".json" or path.is_file()):
+        return Side(text, load(path), None)
+    return Side(text, None, resolve(text, root))
 
 
 def results(a: Result, b: Result) -> list[Line]:
@@ -115,14 +60,17 @@ def results(a: Result, b: Result) -> list[Line]:
         ValueError: they are of different devices, or one is of small sizes.
     """
     first, second = View(a), View(b)
-    _same_device(first, second)
+    same_device(first, second)
     lines = []
     for key in dict.fromkeys([*_shown(first), *_shown(second)]):
         one, other = first.rows.get(key), second.rows.get(key)
+        if one is not None and other is not None and one.missing and other.missing:
+            continue  # nothing that either could run
         if one is None or other is None:
             lines.append(Line(key, None, "only in A" if other is None else "only in B"))
         elif not one.passed or not other.passed:
-            lines.append(Line(key, None, "; ".join(_reasons(one, other))))
+            failed = one.failure is not None or other.failure is not None
+            lines.append(Line(key, None, "; ".join(_reasons(one, other)), failed))
         else:
             found = slowdown(first, [second], key)
             lines.append(Line(key, None, found) if isinstance(found, str) else Line(key, found))
@@ -130,7 +78,7 @@ def results(a: Result, b: Result) -> list[Line]:
 
 
 def _shown(view: View) -> list[Key]:
-    return [row.key for row in view.result.rows if view._compared(row)]
+    return [key for key, row in view.rows.items() if view.compared(row)]
 
 
 def _reasons(a: Row, b: Row) -> list[str]:
@@ -141,6 +89,56 @@ def _reasons(a: Row, b: Row) -> list[str]:
         elif row.missing is not None:
             found.append(f"missing in {name}: {row.missing}")
     return found
+
+
+def points_of(cases: Sequence[Case], device: str, pattern: str | None, *, small: bool = False) -> list[Point]:
+    """Ours by the kernels made for a kind of device, at each size. Curves only where the pattern chooses them."""
+    found = []
+    for case in cases:
+        if device not in case.devices or not matches(case.name, pattern) or (case.axis and pattern is None):
+            continue
+        for size in (case.small,) if small else case.sizes:
+            if case.work(size).flops <= FLOPS_AT_MOST[device]:
+                for provider in case.providers:
+                    if provider.ours and OUR_BACKENDS.get(provider.backend) == device:
+                        found.append(_point(case, dict(size), device, provider.name))
+    return found
+
+
+def _point(case: Case, size: dict[str, int], device: str, provider: str) -> Point:
+    dtype = str(DTYPES[device]).removeprefix("torch.")
+    row = Row(case.name, case.op, size, dtype, case.mode, provider, METHODS[device][0], flops=0.0, bytes=0.0)
+    return Point(row.key, size)
+
+
+def revisions(
+    a: Side, b: Side, points: Sequence[Point], *, budget: float, threads: int | None, root: Path, console: Console
+) -> list[Line]:
+    """Build both sides and time them in turns.
+
+    Raises:
+        RevisionError: one cannot be checked out or built.
+        WorkerError: one cannot be imported.
+    """
+
+    def say(text: str) -> None:
+        console.print(text, soft_wrap=True, markup=False, highlight=False)
+
+    command = [sys.executable, "-m", "bench.worker", *(["--threads", str(threads)] if threads else [])]
+    with ExitStack() as stack:
+        folders = {}
+        for name, one in (("A", a), ("B", b)):
+            assert one.revision is not None
+            tree = stack.enter_context(checked_out(one.revision, root, say=say))
+            folders[name] = stack.enter_context(workplace(tree))
+
+        @contextmanager
+        def start(name: str) -> Iterator[Worker]:
+            with Worker(name, command, folder=folders[name]) as worker:
+                yield worker
+
+        with console.status("") as status:
+            return interleaved(points, start, budget=budget, step=lambda key: status.update(label(key)))
 
 
 def render(lines: Sequence[Line], title: str) -> Group:
@@ -167,30 +165,62 @@ def tendency(ratio: Estimate) -> Text:
     return Text("B faster", style="green") if high < 1 else Text("")
 
 
-def label(key: Key) -> str:
-    """A key as a person reads it."""
-    case, size, dtype, mode, provider, _ = key
-    return f"{case} ({size}; {dtype}, {mode}), {provider}"
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """A and B; which cases, for how long and with how many threads is common to all commands."""
+    for name in ("a", "b"):
+        parser.add_argument(name, metavar=name.upper(), help="a result (JSON), a git revision, or . (the working tree)")
 
 
-def span(ratio: Estimate) -> str:
-    low, high = ratio.interval()
-    return f"{low:.3f} to {high:.3f}"
+def main(
+    options: argparse.Namespace,
+    *,
+    cases: Sequence[Case],
+    console: Console,
+    root: Path = ROOT,
+    device: str | None = None,
+) -> int:
+    """Exit code 0: compared. 1: a check of ours failed, or a worker died.
+
+    Of ``options``: a, b, and case, budget (seconds), threads and small, each None or False where it is not given.
+
+    Raises:
+        ValueError: A or B is neither a result nor a revision; two results are of different devices; the commit of a
+            result cannot be built; no case matches.
+        OSError: a file cannot be read.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    a, b = side(options.a, root), side(options.b, root)
+    if a.result is not None and b.result is not None:
+        lines = [line for line in results(a.result, b.result) if matches(line.key[0], options.case)]
+        title = "Ours at B over ours at A, two runs: what runs as a whole are off by is in the intervals"
+    else:
+        points = points_of(cases, device, options.case, small=options.small)
+        for one in (a, b):
+            if one.result is not None:
+                points = _stored(one.text, one.result, cases, device, options.case)
+        a, b = (_built_from(one, root) for one in (a, b))
+        if not points:
+            raise ValueError(f"--case: expected a pattern that matches a case of this device, got {options.case!r}")
+        budget = options.budget or DEFAULT_BUDGET
+        try:
+            lines = revisions(a, b, points, budget=budget, threads=options.threads, root=root, console=console)
+        except WorkerError as error:
+            console.print(Text(str(error), style="bold red"), soft_wrap=True)
+            return 1
+        title = f"Ours at B, {b.revision}, over ours at A, {a.revision}, in turns"
+    console.print(render(lines, title), highlight=False)
+    return 1 if any(line.failed for line in lines) else 0
 
 
-def times(count: int) -> str:
-    return {1: "one run", 2: "two runs", 3: "three runs"}.get(count, f"{count} runs")
+def _built_from(one: Side, root: Path) -> Side:
+    return one if one.result is None else one._replace(revision=of_result(one.text, one.result, root))
 
 
-def matches(name: str, pattern: str | None) -> bool:
-    """Whether a case's name contains the pattern, or matches it with ``*`` and ``?``."""
-    return pattern is None or pattern in name or fnmatch.fnmatch(name, pattern)
-
-
-def percent(text: str) -> float:
-    """The share of ``5%`` or ``5``: 0.05."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%?", text.strip())
-    share = float(found.group(1)) / 100 if found else -1.0
-    if not 0 <= share <= 10:
-        raise argparse.ArgumentTypeError(f"expected a percentage such as 5%, got {text!r}")
-    return share
+def _stored(text: str, result: Result, cases: Sequence[Case], device: str, pattern: str | None) -> list[Point]:
+    """What a result has of ours, as far as it is still declared."""
+    view = View(result)
+    if view.kind != device:
+        raise ValueError(f"{text}: expected a result of this kind of device, {device}, got one of {view.kind}")
+    declared = {(case.name, provider.name) for case in cases for provider in case.providers}
+    rows = [view.rows[key] for key in view.ours if matches(key[0], pattern)]
+    return [Point(row.key, row.size) for row in rows if (row.case, row.provider) in declared]

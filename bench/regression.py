@@ -1,8 +1,8 @@
 """``python -m bench check``: is anything of ours slower here than it was when this device's baseline was stored.
 
-What is compared is what :mod:`bench.compare` compares: times on a GPU, ratios to plain peers on a CPU. A case is slower
-when the whole interval of its slowdown lies beyond the tolerance. As many cases are looked at, and nobody reads a check
-that cries wolf:
+What is compared is what :mod:`bench.slowdown` compares: times on a GPU, ratios to plain peers on a CPU. A case is
+slower when the whole interval of its slowdown lies beyond the tolerance. Many cases are looked at, and nobody reads a
+check that cries wolf:
 
 * What looks slower (at :data:`SCREEN`) is measured again, twice, each time afresh. Only what every measurement shows is
   kept; the others were noise.
@@ -10,7 +10,7 @@ that cries wolf:
   comparisons (Bonferroni), so a check raises a false alarm with probability :data:`FAMILY` at most, whatever the number
   of cases and however they depend on each other. A case at exactly the tolerance counts as not slower here.
 * Measuring again says nothing about the baseline, which was off by something too. That is in the interval: see
-  ``RUN_TO_RUN`` in :mod:`bench.compare`.
+  ``RUN_TO_RUN`` in :mod:`bench.slowdown`.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from bench.compare import Key, View, label, matches, percent, slowdown, span, times
 from bench.result import RESULTS, Result, Row, load, stored
+from bench.slowdown import Key, View, label, matches, percent, slowdown, span, times
 from bench.statistics import Array, Estimate
 
 FAMILY = 0.005  # probability of a false alarm of a whole check
@@ -93,6 +93,8 @@ def check(
     """
     old = View(baseline)
     views = [View(measure(names))]
+    for line in differences(old, views[0]):
+        say(line)
     findings = _without_times(old, views[0])
     settled = {finding.key for finding in findings}
     judged = [key for key in old.ours if key not in settled]
@@ -141,15 +143,26 @@ def _without_times(old: View, new: View) -> list[Finding]:
             findings.append(Finding(row.key, "failed", measurements=1, note=row.failure))
     failed = {finding.key for finding in findings}
     for key in old.ours:
-        if key not in failed and (key not in new.rows or new.rows[key].missing is not None):
-            row = new.rows.get(key)
-            findings.append(Finding(key, "missing", note=(row and row.missing) or "it was not measured now"))
+        now = new.rows.get(key)
+        if key not in failed and (now is None or now.missing is not None):
+            reason = None if now is None else now.missing
+            findings.append(Finding(key, "missing", note=reason or "it was not measured now"))
     for key in new.ours:
         if key not in old.ours and key not in failed and new.rows[key].passed:
             before = old.rows.get(key)
             note = "it is not in the baseline" if before is None else f"in the baseline it had no time: {_why(before)}"
             findings.append(Finding(key, "new", note=note))
     return findings
+
+
+def differences(old: View, new: View) -> list[str]:
+    """What changed beside the code, in words: peers, and so ratios to them, may have changed too."""
+    before, now = old.result.header, new.result.header
+    return [
+        f"{name} was {before.get(name)} when the baseline was measured and is {now.get(name)} now"
+        for name in ("torch", "triton", "cuda", "driver", "python")
+        if before.get(name) != now.get(name)
+    ]
 
 
 def _why(row: Row) -> str:

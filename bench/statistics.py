@@ -119,12 +119,12 @@ def paired(times: ArrayLike, base: ArrayLike) -> Estimate:
 
 
 def unpaired(times: ArrayLike, base: ArrayLike) -> Estimate:
-    """``times`` over ``base``, from two runs; what a run as a whole is off by is not in it. Raises as :func:`centre`."""
+    """``times`` over ``base``, from two runs, without what a run as a whole is off by. Raises as :func:`centre`."""
     return combined([(1.0, centre(np.log(times))), (-1.0, centre(np.log(base)))])
 
 
 def student(error: float, freedom: ArrayLike) -> Array:
-    """What a variable of Student's t exceeds with probability ``error``, for any degrees of freedom from 1 to infinity."""
+    """What a variable of Student's t exceeds with probability ``error``; degrees of freedom from 1 to infinity."""
     inverse, quantiles = _student_table(error)
     return np.asarray(np.exp(np.interp(1 / np.maximum(freedom, 1.0), inverse, quantiles)))
 

@@ -1,169 +1,140 @@
-"""A process that times one revision of the ops, and the line protocol by which it is told what to do.
+"""A process that times the ops it finds on its path, and the line protocol by which it is told what to do.
 
-The parent writes one JSON object a line to the worker's standard input and reads one a line in answer:
+``python -m bench.worker`` reads one JSON object a line from standard input and answers with one a line:
 
-    (start)                                                       -> {"ops": folder of flashsloth_ops, "device": kind}
-    {"do": "prepare", "case": ..., "size": {...}, "provider": ...} -> {"missing": ..., "failure": ..., "seconds": one call}
-    {"do": "round", "repeats": 3}                                  -> {"seconds": mean of one call}
+    (start)                                               {"ops": folder of flashsloth_ops, "device": "cpu" or "cuda"}
+    {"do": "prepare", "case", "size", "provider"}         {"missing", "failure": text or null, "seconds": of one call}
+    {"do": "round", "repeats": 3}                         {"seconds": of one call, the mean}
 
-What goes wrong inside a request comes back as {"error": text}. Closing its input ends a worker. Whatever ops or torch
-print goes to standard error, so that it cannot be taken for an answer.
+A request that goes wrong is answered with {"error": text}. The end of its input ends the worker. Whatever torch or the
+ops print goes to standard error, so that it cannot be taken for an answer.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
+import gc
 import json
 import os
-import queue
-import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any
 
-LAST_LINES = 12  # of a dead worker's standard error, quoted in the message
-START_SECONDS, PREPARE_SECONDS, ROUND_SECONDS = 180.0, 900.0, 300.0
+if TYPE_CHECKING:
+    from bench.gpu.timing import Timer
+
+Answer = dict[str, Any]
+WARM_UP = 0.3  # seconds, at most; two calls at least
 
 
-class WorkerError(RuntimeError):
-    """A worker died, did not answer in time, or answered something else than was agreed."""
-
-
-class Worker:
-    """The parent's end. Used as a context manager: the process is gone afterwards, whatever happened.
+class Timed:
+    """What a worker holds: the call that is timed now.
 
     Attributes:
-        name: in messages.
+        device: "cuda" where torch sees a GPU, "cpu" otherwise.
     """
 
-    def __init__(self, name: str, command: Sequence[str], *, folder: Path, log: Path, threads: int | None = None) -> None:
-        self.name, self.log = name, log
-        environment = {**os.environ, "PYTHONPATH": str(folder)}
-        if threads is not None:
-            environment["OMP_NUM_THREADS"] = str(threads)
-        with log.open("wb") as errors:
-            # In a session of its own: Ctrl-C reaches the parent alone, which then ends the workers in order.
-            self.process = subprocess.Popen(
-                command,
-                cwd=folder,
-                env=environment,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-                start_new_session=True,
-            )
-        self._answers: queue.Queue[str] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
+    def __init__(self) -> None:
+        import torch
 
-    def __enter__(self) -> Worker:
-        return self
+        from bench.gpu.timing import Timer
+        from bench.runner import CPU
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        self.device = "cuda" if torch.cuda.is_available() else CPU.device
+        self.timer = Timer() if self.device == "cuda" else None
+        self.sample: Callable[[int], float] | None = None
 
-    def started(self, timeout: float = START_SECONDS) -> dict[str, Any]:
-        """What the worker says of itself. Raises WorkerError."""
-        return self._answer("start", timeout)
+    def answer(self, request: Mapping[str, Any]) -> Answer:
+        """Raises ValueError for a request that is not of the protocol, and whatever the ops raise."""
+        if request.get("do") == "prepare":
+            return self.prepare(request["case"], request["size"], request["provider"])
+        if request.get("do") == "round" and self.sample is not None:
+            return {"seconds": self.sample(request["repeats"])}
+        raise ValueError(f"request: expected to prepare, then rounds, got {request}")
 
-    def prepare(
-        self, case: str, size: dict[str, int], provider: str, timeout: float = PREPARE_SECONDS
-    ) -> dict[str, Any]:
-        """Make inputs, check the result, warm up. Raises WorkerError."""
-        return self._ask({"do": "prepare", "case": case, "size": size, "provider": provider}, timeout)
+    def prepare(self, name: str, size: Mapping[str, int], provider: str) -> Answer:
+        """Check the result of a provider, warm it up, and hold its call for the rounds to come."""
+        from bench.case import DTYPES, callable_of, moved
+        from bench.cases import CASES
+        from bench.check import run_checks
 
-    def round(self, repeats: int, timeout: float = ROUND_SECONDS) -> float:
-        """Seconds of one call, the mean of ``repeats``. Raises WorkerError."""
-        seconds = self._ask({"do": "round", "repeats": repeats}, timeout).get("seconds")
-        if not isinstance(seconds, float) or not seconds > 0:
-            raise WorkerError(f"{self.name}: round: expected seconds, got {seconds!r}")
-        return seconds
+        self.sample = None
+        gc.collect()
+        case = next((one for one in CASES if one.name == name), None)
+        if case is None or provider not in (one.name for one in case.providers):
+            return {"missing": "it is not declared", "failure": None}
+        case, dtype = case.only(lambda one: one.name == provider), DTYPES[self.device]
+        inputs = moved(case.inputs(size), self.device, dtype)
+        verdict = run_checks(case, inputs, self.device, dtype, size)[provider]
+        if verdict.missing is None and verdict.failure is None:
+            call = callable_of(case, case.provider(provider), inputs)
+            self.sample = _wall(call) if self.timer is None else _graph(self.timer, call)
+            return {"missing": None, "failure": None, "seconds": _warm(self.sample)}
+        return {"missing": verdict.missing, "failure": verdict.failure}
 
-    def close(self) -> None:
-        """End the process: by closing its input, and by force if that does not do."""
-        if self.process.stdin is not None and not self.process.stdin.closed:
-            try:
-                self.process.stdin.close()
-                self.process.wait(2)
-            except (OSError, subprocess.TimeoutExpired):
-                self.process.kill()
-        self.process.wait()
 
-    def _ask(self, request: dict[str, Any], timeout: float) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        try:
-            self.process.stdin.write(json.dumps(request) + "\n")
-            self.process.stdin.flush()
-        except (OSError, ValueError):
-            raise self._dead(request["do"]) from None
-        return self._answer(request["do"], timeout)
+def _wall(call: Callable[[], object]) -> Callable[[int], float]:
+    def sample(repeats: int) -> float:
+        start = time.perf_counter()
+        for _ in range(repeats):
+            call()
+        return (time.perf_counter() - start) / repeats
 
-    def _answer(self, to: str, timeout: float) -> dict[str, Any]:
-        try:
-            line = self._answers.get(timeout=timeout)
-        except queue.Empty:
-            self.process.kill()
-            raise WorkerError(f"{self.name}: {to}: no answer within {timeout:.0f} s{self._last_lines()}") from None
-        if not line:
-            raise self._dead(to)
-        try:
-            answer = json.loads(line)
-        except ValueError:
-            answer = None
-        if not isinstance(answer, dict):
-            raise WorkerError(f"{self.name}: {to}: expected a JSON object, got {line.strip()[:200]!r}")
-        if "error" in answer:
-            raise WorkerError(f"{self.name}: {to}: {answer['error']}")
-        return answer
+    return sample
 
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self._answers.put(line)
-        self._answers.put("")  # the end: it answers no more
 
-    def _dead(self, to: str) -> WorkerError:
-        try:
-            code: int | str = self.process.wait(5)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            code = "none yet"
-        return WorkerError(f"{self.name}: {to}: the worker died, exit code {code}{self._last_lines()}")
+def _graph(timer: Timer, call: Callable[[], object]) -> Callable[[int], float]:
+    """Replays of a graph of several calls with cold L2, which need no repeats."""
+    from bench.gpu.timing import _events
 
-    def _last_lines(self) -> str:
-        lines = self.log.read_text(errors="replace").strip().splitlines()[-LAST_LINES:]
-        return "; its last lines:\n  " + "\n  ".join(lines) if lines else "; it said nothing"
+    graph = timer._capture([call])
+
+    def sample(repeats: int) -> float:
+        empty = _events(timer.flushes.replay)
+        return max(_events(graph.replay) - empty, 1e-9) / timer.copies
+
+    return sample
+
+
+def _warm(sample: Callable[[int], float]) -> float:
+    """Seconds of the last of some calls."""
+    begin, took = time.perf_counter(), sample(1)
+    took = sample(1)
+    while time.perf_counter() - begin < WARM_UP and took < WARM_UP / 4:
+        took = sample(1)
+    return took
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The worker's end: answers requests until its input is closed."""
     parser = argparse.ArgumentParser(prog="python -m bench.worker", description=__doc__)
-    parser.add_argument("--cases", default="bench.cases", help="module whose CASES it knows")
+    parser.add_argument("--threads", type=int, help="threads inside an op; default: as torch is set")
     options = parser.parse_args(arguments)
-    # A copy of standard output for answers alone; then everything that prints goes to standard error.
+    # A copy of standard output for answers alone, taken before anything is imported that might print.
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
+    import torch
+
     import flashsloth_ops
-    from bench.worker import Timed  # importing it needs torch and the ops, which the parent need not load
 
-    timed = Timed(importlib.import_module(options.cases).CASES)
-    _say(answers, {"ops": str(Path(flashsloth_ops.__file__ or "").resolve().parent), "device": timed.device})
-    return serve(timed.answer, sys.stdin, answers)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
 
+    def say(what: Answer) -> None:
+        answers.write(json.dumps(what) + "\n")
+        answers.flush()
 
-def serve(answer: Callable[[dict[str, Any]], dict[str, Any]], requests: TextIO, answers: TextIO) -> int:
-    for line in requests:
+    timed = Timed()
+    gc.disable()  # a collection would be billed to the call it interrupts
+    say({"ops": str(Path(flashsloth_ops.__file__ or "").resolve().parent), "device": timed.device})
+    for line in sys.stdin:
         try:
-            _say(answers, answer(json.loads(line)))
-        except Exception as error:  # the parent shall hear of it, and may ask something else
-            _say(answers, {"error": f"{type(error).__name__}: {error}"})
+            say(timed.answer(json.loads(line)))
+        except Exception as error:  # the parent hears of it, and may ask for something else
+            say({"error": f"{type(error).__name__}: {error}"})
     return 0
 
 
-def _say(answers: TextIO, what: dict[str, Any]) -> None:
-    answers.write(json.dumps(what) + "\n")
-    answers.flush()
+if __name__ == "__main__":
+    sys.exit(main())
