@@ -3,8 +3,8 @@
 What disturbs a timing multiplies it, so everything here is about logarithms; only :meth:`Estimate.ratio` and
 :meth:`Estimate.interval` speak of ratios.
 
-* The centre is the mean of the middle half of the samples: spikes, even of a quarter of them on one side, do not move
-  it, and it needs a third fewer samples than the median for the same accuracy. Its variance comes from the winsorised
+* The centre is the mean of the middle half of the samples: how long a spike is does not matter to it, unless a quarter
+  of the samples are spikes, and it needs a fifth fewer samples than the median for the same accuracy. Its variance comes from the winsorised
   samples (Tukey and McLaughlin 1963), and two of them are compared as by Yuen (Biometrika 61, 1974): Student's t with
   the degrees of freedom of Welch (1947).
 * Noise of a machine is autocorrelated: a slow second spoils several rounds. With lag-one correlation r, n samples are
