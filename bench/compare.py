@@ -9,6 +9,7 @@ that two runs apart do not show.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -98,7 +99,7 @@ def points_of(cases: Sequence[Case], device: str, pattern: str | None, *, small:
         if device not in case.devices or not matches(case.name, pattern) or (case.axis and pattern is None):
             continue
         for size in (case.small,) if small else case.sizes:
-            if case.work(size).flops <= FLOPS_AT_MOST[device]:
+            if not case.axis or case.work(size).flops <= FLOPS_AT_MOST[device]:
                 for provider in case.providers:
                     if provider.ours and OUR_BACKENDS.get(provider.backend) == device:
                         found.append(_point(case, dict(size), device, provider.name))
@@ -126,19 +127,34 @@ def revisions(
 
     command = [sys.executable, "-m", "bench.worker", *(["--threads", str(threads)] if threads else [])]
     with ExitStack() as stack:
-        folders = {}
+        stack.enter_context(_ended_in_order())
+        folders, ops = {}, {}
         for name, one in (("A", a), ("B", b)):
             assert one.revision is not None
             tree = stack.enter_context(checked_out(one.revision, root, say=say))
-            folders[name] = stack.enter_context(workplace(tree))
+            folders[name], ops[name] = stack.enter_context(workplace(tree)), tree / "flashsloth_ops"
 
         @contextmanager
         def start(name: str) -> Iterator[Worker]:
-            with Worker(name, command, folder=folders[name]) as worker:
+            with Worker(name, command, folder=folders[name], ops=ops[name]) as worker:
                 yield worker
 
         with console.status("") as status:
             return interleaved(points, start, budget=budget, step=lambda key: status.update(label(key)))
+
+
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """A request to end (SIGTERM) is an exception meanwhile, so that workers and worktrees go before this process."""
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def render(lines: Sequence[Line], title: str) -> Group:

@@ -18,7 +18,14 @@ from bench.slowdown import Key, Line
 from bench.statistics import paired
 
 LAST_LINES = 12  # of a dead worker's standard error, quoted in the message
-START_SECONDS, PREPARE_SECONDS, ROUND_SECONDS = 180.0, 900.0, 300.0
+
+
+class Limits(NamedTuple):
+    """Seconds after which a worker hangs: to import everything; to check a result and warm up; for one round."""
+
+    start: float = 180.0
+    prepare: float = 900.0
+    round: float = 300.0
 
 
 class WorkerError(RuntimeError):
@@ -29,10 +36,19 @@ class Worker:
     """The parent's end. Used as a context manager: the process is gone afterwards, whatever happened.
 
     ``name``: in messages. ``folder``: where it runs and the only entry of its PYTHONPATH; its log is written there.
+    ``ops``: the folder of flashsloth_ops it must have found, None for any.
     """
 
-    def __init__(self, name: str, command: Sequence[str], *, folder: Path) -> None:
-        self.name, self.log = name, folder / "worker.log"
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        *,
+        folder: Path,
+        ops: Path | None = None,
+        limits: Limits = Limits(),  # noqa: B008 (immutable)
+    ) -> None:
+        self.name, self.ops, self.limits, self.log = name, ops, limits, folder / "worker.log"
         with self.log.open("wb") as errors:
             # In a session of its own: Ctrl-C reaches the parent alone, which then ends the workers in order.
             self.process = subprocess.Popen(
@@ -54,19 +70,20 @@ class Worker:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def started(self, timeout: float = START_SECONDS) -> dict[str, Any]:
-        """What the worker says of itself. Raises WorkerError."""
-        return self._answer("start", timeout)
+    def started(self) -> dict[str, Any]:
+        """What the worker says of itself. Raises WorkerError, also for ops of another revision than its own."""
+        answer = self._answer("start", self.limits.start)
+        if self.ops is not None and answer.get("ops") != str(self.ops.resolve()):
+            raise WorkerError(f"{self.name}: start: expected the ops of {self.ops}, got those of {answer.get('ops')}")
+        return answer
 
-    def prepare(
-        self, case: str, size: dict[str, int], provider: str, timeout: float = PREPARE_SECONDS
-    ) -> dict[str, Any]:
+    def prepare(self, case: str, size: dict[str, int], provider: str) -> dict[str, Any]:
         """Make inputs, check the result, warm up. Raises WorkerError."""
-        return self._ask({"do": "prepare", "case": case, "size": size, "provider": provider}, timeout)
+        return self._ask({"do": "prepare", "case": case, "size": size, "provider": provider}, self.limits.prepare)
 
-    def round(self, repeats: int, timeout: float = ROUND_SECONDS) -> float:
+    def round(self, repeats: int) -> float:
         """Seconds of one call, the mean of ``repeats``. Raises WorkerError."""
-        seconds = self._ask({"do": "round", "repeats": repeats}, timeout).get("seconds")
+        seconds = self._ask({"do": "round", "repeats": repeats}, self.limits.round).get("seconds")
         if not isinstance(seconds, float) or not seconds > 0:
             raise WorkerError(f"{self.name}: round: expected seconds, got {seconds!r}")
         return seconds

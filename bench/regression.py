@@ -16,6 +16,7 @@ check that cries wolf:
 from __future__ import annotations
 
 import argparse
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +28,9 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from bench.result import RESULTS, Result, Row, load, stored
+from bench import suite
+from bench.case import Case
+from bench.result import RESULTS, Result, Row, load, make_header, stored
 from bench.slowdown import Key, View, label, matches, percent, slowdown, span, times
 from bench.statistics import Array, Estimate
 
@@ -156,13 +159,18 @@ def _without_times(old: View, new: View) -> list[Finding]:
 
 
 def differences(old: View, new: View) -> list[str]:
-    """What changed beside the code, in words: peers, and so ratios to them, may have changed too."""
+    """What differs beside the code, in words: with it peers, and so ratios to them, may have changed too."""
     before, now = old.result.header, new.result.header
-    return [
+    lines = [
         f"{name} was {before.get(name)} when the baseline was measured and is {now.get(name)} now"
         for name in ("torch", "triton", "cuda", "driver", "python")
         if before.get(name) != now.get(name)
     ]
+    for header, when in ((before, "when the baseline was measured"), (now, "now")):
+        load, cores = header.get("load"), header.get("cores")
+        if old.kind == "cpu" and load and cores and load > 1.5 * cores:
+            lines.append(f"the load was {load:.1f} on {cores} processors {when}: that may shift ratios")
+    return lines
 
 
 def _why(row: Row) -> str:
@@ -209,28 +217,32 @@ def render(report: Report) -> Group:
         style = "bold red" if finding.verdict == "regression" else ""
         cells = (f"{slower.ratio:.3f}", span(slower), times(finding.measurements), Text(finding.verdict, style=style))
         table.add_row(case, size, provider, *cells)
-    lines = [Text(_sentence(finding, report.tolerance), style=_STYLES[finding.verdict]) for finding in report.findings]
-    return Group(table, *(line for line in lines if line.plain), Text(summary(report)))
+    notes = [Text(line, style=style) for line, style in _notes(report)]
+    return Group(table, *notes, Text(summary(report)))
 
 
-_STYLES = {"regression": "bold red", "failed": "bold red", "not judged": "yellow", "missing": "yellow", "new": "yellow"}
-_STYLES |= {"no slower": "", "not confirmed": ""}
-
-
-def _sentence(finding: Finding, tolerance: float) -> str:
-    name = label(finding.key)
-    if finding.verdict in ("no slower", "not confirmed"):
-        return ""
-    if finding.verdict == "regression":
+def _notes(report: Report) -> list[tuple[str, str]]:
+    """What needs attention, in words, with a style; what is the same at many sizes once."""
+    lines = []
+    for finding in report.of("regression"):
         assert finding.slowdown is not None
         low, high = (100 * (bound - 1) for bound in finding.slowdown.interval())
-        return (
-            f"{name}: REGRESSION: {100 * (finding.slowdown.ratio - 1):.1f} % slower than the baseline "
-            f"(95 % interval {low:.1f} to {high:.1f} %), in {times(finding.measurements)}; tolerance {tolerance:.3g}"
+        text = (
+            f"{label(finding.key)}: REGRESSION: {100 * (finding.slowdown.ratio - 1):.1f} % slower than the baseline "
+            f"(95 % interval {low:.1f} to {high:.1f} %), in {times(finding.measurements)}; "
+            f"tolerance {100 * report.tolerance:.3g} %"
         )
-    if finding.verdict == "failed":
-        return f"{name}: check failed, so it has no time: {finding.note}"
-    return f"{name}: {finding.verdict}: {finding.note}"
+        lines.append((text, "bold red"))
+    for finding in report.of("failed"):
+        lines.append((f"{label(finding.key)}: check failed, so it has no time: {finding.note}", "bold red"))
+    alike: dict[tuple[str, ...], list[Key]] = {}
+    for finding in report.of("missing", "new", "not judged"):
+        case, _, _, _, provider, _ = finding.key
+        alike.setdefault((case, provider, finding.verdict, finding.note), []).append(finding.key)
+    for (case, provider, verdict, note), keys in alike.items():
+        name = label(keys[0]) if len(keys) == 1 else f"{case} at {len(keys)} sizes, {provider}"
+        lines.append((f"{name}: {verdict}: {note}", "yellow"))
+    return lines
 
 
 def summary(report: Report) -> str:
@@ -248,6 +260,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--baseline", type=Path, metavar="FILE", help="default: this device's newest complete result")
     parser.add_argument("--if-any", action="store_true", help="without a baseline for this device, succeed and say so")
+
+
+def measurer(
+    cases: Sequence[Case], device: str, *, quick: bool, budget: float | None, tell: Callable[[str, int], None]
+) -> Measure:
+    """Measures cases as ``python -m bench run`` does, into a file that is not kept.
+
+    ``quick``, ``budget``, ``tell``: as for :func:`bench.suite.plan` and :func:`bench.suite.go`.
+    """
+    whole = suite.plan(cases, device, quick=quick, budget=budget)
+
+    def measure(names: Sequence[str]) -> Result:
+        plan = whole._replace(points=tuple(point for point in whole.points if point[0].name in names))
+        result = Result(make_header(device, quick=quick))  # without ceilings: no share of a limit is asked for
+        with tempfile.TemporaryDirectory(prefix="flashsloth-bench-") as folder:
+            suite.go(plan, result, result.path(Path(folder)), tell=tell)
+        return result
+
+    return measure
 
 
 def main(

@@ -4,9 +4,9 @@ What disturbs a timing multiplies it, so everything here is about logarithms; on
 :meth:`Estimate.interval` speak of ratios.
 
 * The centre is the mean of the middle half of the samples: how long a spike is does not matter to it, unless a quarter
-  of the samples are spikes, and it needs a fifth fewer samples than the median for the same accuracy. Its variance comes from the winsorised
-  samples (Tukey and McLaughlin 1963), and two of them are compared as by Yuen (Biometrika 61, 1974): Student's t with
-  the degrees of freedom of Welch (1947).
+  of the samples are spikes, and it needs a fifth fewer samples than the median for the same accuracy. Its variance
+  comes from the winsorised samples (Tukey and McLaughlin 1963), and two of them are compared as by Yuen (Biometrika 61,
+  1974): Student's t with the degrees of freedom of Welch (1947).
 * Noise of a machine is autocorrelated: a slow second spoils several rounds. With lag-one correlation r, n samples are
   worth n (1 - r) / (1 + r) (Zwiers and von Storch, J. Climate 8, 1995); variance and degrees of freedom follow. That
   mends most of it: with r = 0.5 and 20 rounds, 95 % intervals hold in 92 % of the cases, without it in 78 %.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ import pytest
 from rich.console import Console
 
 from bench import regression
-from bench.regression import FAMILY, MEASUREMENTS, SCREEN, NoBaseline, beyond, check, find_baseline, main
+from bench.regression import FAMILY, MEASUREMENTS, SCREEN, NoBaseline, beyond, check, find_baseline, main, measurer
 from bench.result import Result, Row, save
 from bench.slowdown import RUN_TO_RUN, over, percent
 from bench.statistics import Array, Estimate, centre, paired, student, unpaired
+from tests.bench.toys import right, toy, wrong
 
 PEERS = ("eager", "loop", "compiled")
 
@@ -401,9 +403,29 @@ def test_the_command(tmp_path: Path) -> None:
         run(tmp_path, machine, case="nothing")
 
 
+def test_cases_are_measured_as_in_a_run() -> None:
+    cases = [toy(right), toy(wrong, name="toy/wrong")]
+    measure = measurer(cases, "cpu", quick=True, budget=0.1, tell=lambda what, done: None)
+    result = measure(["toy/double"])
+    assert {row.case for row in result.rows} == {"toy/double"}
+    assert all(len(row.samples) >= 3 for row in result.rows if row.ours)
+    report = check(result, measure, ["toy/double", "toy/wrong"], tolerance=9.0)
+    assert len(report.of("no slower")) == 1
+    assert [finding.key[0] for finding in report.of("failed")] == ["toy/wrong"]
+
+
+def test_what_is_missing_at_many_sizes_is_one_line() -> None:
+    before = baseline()
+    for batch in (2, 4):
+        before.rows += [replace(row, size={"batch": batch}) for row in before.rows if row.case == NAMES[1]]
+    text = shown(check(before, Machine(6, NAMES), NAMES, tolerance=0.05))
+    assert text.count("missing: it was not measured now") == 1
+    assert "pool/case-1 at " in text
+
+
 def test_percentages() -> None:
     assert percent("5%") == percent("5") == 0.05
     assert percent("0.5 %") == 0.005
-    for wrong in ("-1%", "five", ""):
+    for text in ("-1%", "five", ""):
         with pytest.raises(argparse.ArgumentTypeError, match="a percentage such as 5%"):
-            percent(wrong)
+            percent(text)
