@@ -1,0 +1,170 @@
+"""What is compared: for a case at a size, the fastest of our backends that is right, and each peer that is right."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from bench.report import formats
+from bench.result import Result, Row
+from bench.timing import Quantiles
+
+END_TO_END = "e2e"
+OURS_PREFIX = "flashsloth/"
+REFERENCE = "reference"
+METHOD_ORDER = ("graph", "call", "wall")
+
+
+class Declared(Protocol):
+    """What the report reads of a declared case."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def title(self) -> str: ...
+    @property
+    def axis(self) -> str: ...
+
+
+class Against(NamedTuple):
+    """A peer that passed its check, and its time over ours."""
+
+    peer: Row
+    ratio: Quantiles
+
+
+@dataclass(frozen=True)
+class Point:
+    """A case at a size, timed one way, for one use of our op.
+
+    Attributes:
+        title: of the case, with the variant of ours.
+        label: what tells the size from others of the case; empty where there is one.
+        ours: the fastest of our backends that passed; None where none did.
+        backends: all of ours that passed, fastest first; the reference is not among them.
+        against: the peers that passed.
+        failed: rows of this point that failed: ours of this variant, and peers.
+    """
+
+    case: str
+    op: str
+    title: str
+    label: str
+    size: Mapping[str, int]
+    dtype: str
+    mode: str
+    method: str
+    variant: str
+    ours: Row | None
+    backends: tuple[Row, ...]
+    against: tuple[Against, ...]
+    failed: tuple[Row, ...]
+
+    @property
+    def fastest(self) -> Against | None:
+        """The peer that is hardest to beat."""
+        return min(self.against, key=lambda one: one.ratio.p50, default=None)
+
+    @property
+    def heading(self) -> str:
+        return f"{self.title}, {self.label}" if self.label else self.title
+
+
+class Cases:
+    """Titles and axes of declared cases; a case of another commit is known by its name alone."""
+
+    def __init__(self, declared: Sequence[Declared]) -> None:
+        self._declared = {case.name: case for case in declared}
+
+    def title(self, case: str) -> str:
+        found = self._declared.get(case)
+        return found.title if found else case
+
+    def axis(self, case: str, sizes: Sequence[Mapping[str, int]]) -> str:
+        """The entry along which the sizes of a case run; of an unknown case the one that differs, if it is one."""
+        found = self._declared.get(case)
+        if found is not None:
+            return found.axis
+        differing = varying(sizes)
+        return differing[0] if len(differing) == 1 else ""
+
+
+def varying(sizes: Sequence[Mapping[str, int]]) -> list[str]:
+    """The entries in which sizes differ."""
+    names = dict.fromkeys(name for size in sizes for name in size)
+    return [name for name in names if len({size.get(name) for size in sizes}) > 1]
+
+
+def backend(row: Row) -> str:
+    """The backend of one of ours, from ``flashsloth/<backend>, <variant>``."""
+    return row.provider.partition(",")[0].partition("/")[2]
+
+
+def is_product(row: Row) -> bool:
+    """Whether a row is one of ours that people use; the reference is the specification and is not."""
+    return row.ours and backend(row) != REFERENCE
+
+
+def methods(rows: Sequence[Row]) -> list[str]:
+    """The ways of timing that occur, the one that shows the kernels first."""
+    found = dict.fromkeys(row.method for row in rows)
+    return sorted(found, key=lambda name: METHOD_ORDER.index(name) if name in METHOD_ORDER else len(METHOD_ORDER))
+
+
+def sizes_of(rows: Sequence[Row]) -> dict[str, list[dict[str, int]]]:
+    """The sizes of each case, in the order of the file."""
+    found: dict[str, list[dict[str, int]]] = {}
+    for row in rows:
+        if row.size not in found.setdefault(row.case, []):
+            found[row.case].append(row.size)
+    return found
+
+
+def operations(rows: Sequence[Row]) -> list[Row]:
+    """Rows of single ops: all but those of whole models."""
+    return [row for row in rows if row.op != END_TO_END]
+
+
+def points(result: Result, cases: Cases) -> list[Point]:
+    """All points of a result in the order of the file, each by each method and variant of ours."""
+    rows = operations(result.rows)
+    sizes = sizes_of(rows)
+    groups: dict[tuple[object, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.point, row.method), []).append(row)
+    found = []
+    for group in groups.values():
+        variants = dict.fromkeys(row.variant for row in group if is_product(row))
+        for variant in variants:
+            found.append(_point(group, variant, sizes[group[0].case], cases))
+    return [point for point in found if point.ours is not None or point.failed]
+
+
+def _point(group: Sequence[Row], variant: str, sizes: Sequence[Mapping[str, int]], cases: Cases) -> Point:
+    first = group[0]
+    mine = [row for row in group if is_product(row) and row.variant == variant]
+    right = sorted((row for row in mine if row.passed and row.p50 is not None), key=lambda row: row.p50 or 0.0)
+    best = right[0] if right else None
+    peers = {row.provider: row for row in group if not row.ours}
+    against = []
+    for name, found in (best.ratios if best else {}).items():
+        peer = peers.get(name)
+        if peer is not None and peer.passed:
+            against.append(Against(peer, Quantiles(found["p20"], found["p50"], found["p80"])))
+    title = cases.title(first.case)
+    return Point(
+        case=first.case,
+        op=first.op,
+        title=f"{title}, {variant}" if variant else title,
+        label=formats.size(first.size, varying(sizes)) if len(sizes) > 1 else "",
+        size=first.size,
+        dtype=first.dtype,
+        mode=first.mode,
+        method=first.method,
+        variant=variant,
+        ours=best,
+        backends=tuple(right),
+        against=tuple(against),
+        failed=tuple(row for row in (*mine, *peers.values()) if row.failure is not None),
+    )

@@ -1,0 +1,86 @@
+"""The table of README.md, from the newest complete full result of a device, between two marks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bench.report import formats
+from bench.report.collect import Collection, Device, full
+from bench.report.markdown import table
+from bench.report.points import Cases, Point, points
+from bench.report.summary import first_method
+from bench.report.tables import Table
+from bench.result import ROOT, ResultError
+
+README = ROOT / "README.md"
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+
+
+def rewrite(path: Path, collection: Collection, cases: Cases) -> Device:
+    """Replace what stands between the marks, and nothing else; and say which device it is from.
+
+    Raises:
+        ResultError: no mark or more than one of a kind, several devices to choose from, or no complete full result.
+        OSError: the file cannot be read or written.
+    """
+    device = chosen(collection)
+    before = path.read_text(encoding="utf-8")
+    if before.count(BEGIN) != 1 or before.count(END) != 1 or before.index(BEGIN) > before.index(END):
+        raise ResultError(f"{path}: expected one {BEGIN} and after it one {END}, where the table goes")
+    head, rest = before.split(BEGIN)
+    tail = rest.split(END)[1]
+    after = f"{head}{BEGIN}\n{block(device, cases)}\n{END}{tail}"
+    if after != before:
+        path.write_text(after, encoding="utf-8")
+    return device
+
+
+def chosen(collection: Collection) -> Device:
+    """The one device with a complete full result. Raises ResultError for none or several."""
+    found = [device for device in collection.devices if full(device.current)]
+    if not found:
+        raise ResultError("--readme: expected a complete full result, which `python -m bench run` stores; got none")
+    if len(found) > 1:
+        raise ResultError(f"--readme: expected --device with one of {', '.join(device.slug for device in found)}")
+    return found[0]
+
+
+def block(device: Device, cases: Cases) -> str:
+    """The sentence that names machine and commit, and the table."""
+    head = device.header
+    shown = first_method(points(device.current, cases))
+    dtypes = formats.listed(sorted({point.dtype for point in shown}))
+    place = device.name if device.absolute else f"{device.name}, {head.get('threads')} threads"
+    sentence = (
+        f"Times of peers over ours on {place}: {dtypes}, torch {head.get('torch')}, commit {formats.commit(head)} "
+        f"of {formats.day(head)}, medians. "
+        "`python -m bench report --readme` writes this table."
+    )
+    rows = [(point.heading, *_cells(point)) for point in _notable(shown)]
+    columns = ("case", "times as fast as", *(("time",) if device.absolute else ()))
+    right = frozenset({2}) if device.absolute else frozenset()
+    return f"\n{sentence}\n\n{table(Table(columns, [row[: len(columns)] for row in rows], right))}\n"
+
+
+def _notable(found: list[Point]) -> list[Point]:
+    """The points that have a goal; of a case without any, its first."""
+    with_goal = {point.title for point in found if _has_goal(point)}
+    seen: set[str] = set()
+    kept = []
+    for point in found:
+        first = point.title not in seen
+        seen.add(point.title)
+        if _has_goal(point) or (first and point.title not in with_goal):
+            kept.append(point)
+    return kept
+
+
+def _has_goal(point: Point) -> bool:
+    return any(row.goals for row in (*point.backends, *point.failed))
+
+
+def _cells(point: Point) -> tuple[str, str]:
+    if point.ours is None:
+        return "check failed, no speedup", ""
+    parts = [f"{against.peer.provider} {formats.ratio(against.ratio.p50)}" for against in point.against]
+    return ", ".join(parts) or "no peer to compare with", formats.seconds(point.ours.p50 or 0.0)

@@ -1,0 +1,257 @@
+"""The tables of the report, as text: the page and the Markdown show the same ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from bench.report import formats
+from bench.report.collect import Device
+from bench.report.curves import Curve
+from bench.report.points import OURS_PREFIX, Point, backend, operations
+from bench.report.summary import JudgedGoal, Opponent
+from bench.result import Row
+
+NONE = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns, rows of as many cells, and which columns hold numbers."""
+
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+    right: frozenset[int] = frozenset()
+    caption: str = ""
+    tones: dict[str, str] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.rows)
+
+
+TONES = {"missed": "bad", "unmeasured": "warn", "reached": "good"}
+
+
+def opponents(found: Sequence[Opponent]) -> Table:
+    """Every peer: median ratio, its range over the sizes, and over how many."""
+    rows = []
+    for one in found:
+        name = one.op.replace("_", " ") + (f", {one.variant}" if one.variant else "")
+        rows.append((name, one.peer, *opponent_cells(one)))
+    return Table(("op", "against", "median", "range", "measurements"), rows, frozenset({2, 3, 4}))
+
+
+def opponent_cells(one: Opponent) -> tuple[str, str, str]:
+    """Median, range, and how many, with those that failed."""
+    ratios = sorted(one.ratios)
+    failed = f"{one.failed} failed" if one.failed else ""
+    if not ratios:
+        return "no speedup", "", failed
+    between = f"{formats.number(ratios[0])} to {formats.number(ratios[-1])}" if len(ratios) > 1 else ""
+    middle = (ratios[(len(ratios) - 1) // 2] * ratios[len(ratios) // 2]) ** 0.5
+    return formats.ratio(middle), between, ", ".join(filter(None, (str(len(ratios)), failed)))
+
+
+def speedups(found: Sequence[Point], absolute: bool) -> Table:
+    """Every ratio, with its spread; on a GPU the times too."""
+    columns = ["case", "timed by", "ours", "against", "ratio", "p20 to p80"]
+    rows = []
+    for point in found:
+        for against in point.against:
+            assert point.ours is not None
+            cells = [point.heading, point.method, backend(point.ours), against.peer.provider]
+            cells += [formats.ratio(against.ratio.p50), formats.spread(against.ratio)]
+            if absolute:
+                cells += [times(point.ours), times(against.peer)]
+            rows.append(tuple(cells))
+    if absolute:
+        columns += ["our time", "its time"]
+    return Table(tuple(columns), rows, frozenset(range(4, len(columns))))
+
+
+def times(row: Row) -> str:
+    """The median, with half the distance from p20 to p80 where it shows."""
+    if row.times is None:
+        return NONE
+    return formats.seconds(row.times.p50)
+
+
+def exponents(found: Sequence[Curve]) -> Table:
+    rows = []
+    for curve in found:
+        for line in curve.lines:
+            title = f"{curve.title}, {curve.label}" if curve.label else curve.title
+            verdict = "steeper than the work" if line.fit.steep else NONE
+            rows.append((title, curve.method, line.provider, str(line.fit), verdict))
+    return Table(
+        ("curve", "timed by", "provider", "exponent of time over work", ""),
+        rows,
+        tones={"steeper than the work": "bad"},
+    )
+
+
+def shares(found: Sequence[Point]) -> Table:
+    rows = []
+    for point in found:
+        row = point.ours
+        if row is not None and row.share is not None:
+            peers = [a.peer.share for a in point.against if a.peer.share is not None]
+            best = formats.percent(max(peers)) if peers else NONE
+            rows.append((point.heading, point.method, backend(row), formats.percent(row.share), best))
+    return Table(("case", "timed by", "ours", "share of the limit", "best peer"), rows, frozenset({3, 4}))
+
+
+def memory(found: Sequence[Point]) -> Table:
+    """Bytes of ours and of every peer, a point once however it was timed."""
+    rows: dict[tuple[str, str], tuple[str, ...]] = {}
+    for point in found:
+        for row in memory_rows(point):
+            key = (point.heading, row.provider)
+            rows.setdefault(key, (point.heading, row.provider, _amount(row.peak_bytes), _amount(row.kept_bytes)))
+    return Table(("case", "provider", "peak above inputs", "kept for backward"), list(rows.values()), frozenset({2, 3}))
+
+
+def memory_rows(point: Point) -> list[Row]:
+    """Ours first, and the peers, that have a memory."""
+    rows = [*([point.ours] if point.ours is not None else []), *(against.peer for against in point.against)]
+    return [row for row in rows if row.peak_bytes is not None or row.kept_bytes is not None]
+
+
+def _amount(count: int | None) -> str:
+    return NONE if count is None else formats.amount(count)
+
+
+def goals(found: Sequence[JudgedGoal], headings: dict[tuple[str, ...], str], absolute: bool) -> Table:
+    rows = []
+    for one in found:
+        wanted, measured = goal_words(one, absolute)
+        who = one.row.provider.removeprefix(OURS_PREFIX)
+        rows.append((headings.get(one.row.point, one.row.case), who, one.row.method, wanted, measured, one.state))
+    return Table(("case", "ours", "timed by", "goal", "measured", ""), rows, frozenset({4}), tones=TONES)
+
+
+def goal_words(one: JudgedGoal, absolute: bool) -> tuple[str, str]:
+    """What was wanted, and what came."""
+    goal = one.goal
+    peers = formats.listed(goal.peers)
+    peer = f"the fastest of {peers}" if len(goal.peers) > 1 else peers
+    value = goal.measured
+    if goal.kind == "speedup":
+        return f"≥ {formats.ratio(goal.limit)} as fast as {peer}", "" if value is None else formats.ratio(value)
+    if goal.kind == "overhead":
+        return f"≤ {formats.ratio(goal.limit)} the time of {peer}", "" if value is None else formats.ratio(value)
+    if goal.kind == "seconds":
+        shown = "" if value is None or not absolute else formats.seconds(value)
+        return f"≤ {formats.seconds(goal.limit)}", shown
+    if goal.kind == "share":
+        return f"≥ {formats.percent(goal.limit)} of the limit", "" if value is None else formats.percent(value)
+    return f"keeps ≤ {_part(goal.limit)} of the plain tensor", "" if value is None else _part(value)
+
+
+def _part(value: float) -> str:
+    return f"1/{1 / value:.3g}" if 0 < value < 1 else f"{value:.3g}"
+
+
+def failures(rows: Sequence[Row], headings: dict[tuple[str, ...], str]) -> Table:
+    """What was wrong, a result once however it was timed."""
+    found: dict[tuple[str, ...], tuple[str, ...]] = {}
+    for row in rows:
+        if row.failure is not None:
+            error = "" if row.max_error is None else f"{row.max_error:.3g}"
+            allowed = "" if row.error_allowed is None else f"{row.error_allowed:.3g}"
+            key = (*row.point, row.provider, row.failure)
+            found.setdefault(key, (headings.get(row.point, row.case), row.provider, row.failure, error, allowed))
+    return Table(("case", "provider", "what was wrong", "error", "allowed"), list(found.values()), frozenset({3, 4}))
+
+
+def missing(rows: Sequence[Row]) -> Table:
+    """What could not run and why, the same reason once."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row.missing is not None:
+            cases = groups.setdefault((row.provider, row.missing), [])
+            if row.case not in cases:
+                cases.append(row.case)
+    found = [(provider, reason, ", ".join(cases)) for (provider, reason), cases in sorted(groups.items())]
+    return Table(("provider", "why", "cases"), found)
+
+
+def header(device: Device) -> Table:
+    """Machine and code, as far as the result says."""
+    head = device.header
+    clocks, after = head.get("clocks") or {}, head.get("clocks_after") or {}
+    facts: list[tuple[str, object]] = [
+        ("device", device.name),
+        ("cores, threads", None if device.absolute else f"{head.get('cores')}, {head.get('threads')}"),
+        ("instructions of our CPU kernels", None if device.absolute else head.get("isa") or "none built"),
+        ("compute capability", ".".join(map(str, head.get("capability") or [])) or None),
+        ("driver", head.get("driver")),
+        *(
+            (_CLOCKS.get(name, name), before_after(value, after.get(name)))
+            for name, value in clocks.items()
+            if name != "driver_version"
+        ),
+        ("torch", head.get("torch")),
+        ("triton", head.get("triton") or "absent"),
+        ("CUDA of torch", head.get("cuda")),
+        ("python", head.get("python")),
+        ("peers installed", ", ".join(f"{name} {found}" for name, found in (head.get("peers") or {}).items()) or None),
+        ("automatic choice", ", ".join(f"{op}: {name}" for op, name in (head.get("backends") or {}).items()) or None),
+        ("load of the machine", head.get("load")),
+        ("commit", head["commit"]),
+        (
+            "uncommitted changes",
+            {None: "unknown", False: "none", True: f"yes, {head.get('difference')}"}[head.get("dirty")],
+        ),
+        ("date (UTC)", head["date"]),
+    ]
+    if device.absolute:
+        ceilings = head.get("ceilings") or {}
+        names = {"bytes_per_second": ("bandwidth measured", "B"), "flops_per_second": ("product rate measured", "FLOP")}
+        for key, (name, unit) in names.items():
+            if ceilings.get(key):
+                facts.append((name, formats.rate(ceilings[key], unit)))
+    return Table(("", ""), [(name, str(value)) for name, value in facts if value is not None])
+
+
+_CLOCKS = {
+    "clocks.sm": "SM clock, before and after",
+    "clocks.mem": "memory clock, before and after",
+    "clocks.max.sm": "highest SM clock",
+    "temperature.gpu": "temperature (°C), before and after",
+    "clocks_throttle_reasons.active": "throttle reasons, before and after",
+}
+
+
+def before_after(before: str, after: str | None) -> str:
+    """A value before and after the run; once where it stayed."""
+    return before if after in (None, before) else f"{before}, then {after}"
+
+
+_REASONS = {
+    0x4: "power cap",
+    0x8: "hardware slowdown",
+    0x20: "software thermal slowdown",
+    0x40: "hardware thermal slowdown",
+    0x80: "power brake",
+}
+
+
+def throttling(*states: Mapping[str, str]) -> list[str]:
+    """Why the driver held the clocks back, from its bits; being idle and clocks that were asked for do not count."""
+    bits = 0
+    for state in states:
+        try:
+            bits |= int(state.get("clocks_throttle_reasons.active", "0"), 16)
+        except ValueError:
+            continue  # "N/A": this device does not tell
+    return [name for bit, name in _REASONS.items() if bits & bit]
+
+
+def headings(found: Sequence[Point], rows: Sequence[Row]) -> dict[tuple[str, ...], str]:
+    """How the point of a row is called."""
+    named = {row.point: row.case for row in operations(rows)}
+    for point in found:
+        for row in (*([point.ours] if point.ours else []), *point.failed):
+            named[row.point] = point.heading
+    return named
