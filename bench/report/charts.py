@@ -98,7 +98,7 @@ def overview(found: Sequence[Opponent]) -> Markup:
         failed = tag("small", f"{formats.count(one.failed, 'check')} failed", class_="bad") if one.failed else ""
         value = joined(tag("b", middle), " ", note, " ", failed)
         rows.append(ChartRow(one.peer, strip(HEIGHT, scale, *marks), value, tone))
-    about = "Time of each peer over ours, a dot a measurement, on a logarithmic scale; right of 1× ours is faster."
+    about = "Time of each peer over ours, a dot a measurement, on a logarithmic scale."
     return chart(("against", "median and range"), scale, rows, about)
 
 
@@ -109,7 +109,7 @@ def speedups(found: Sequence[Point], scale: Scale, looks: dict[str, str]) -> Mar
     rows = []
     if len(labels) == 1:
         for peer in _peers(found):
-            rows.append(_row(peer, [peer], [p for p in found], names, scale, dict.fromkeys([peer], OURS)))
+            rows.append(_row(peer, [peer], found, names, scale, dict.fromkeys([peer], OURS)))
     else:
         peers = _peers(found)
         own = looks if len(peers) > 1 else dict.fromkeys(peers, OURS)
@@ -163,12 +163,12 @@ def _row(
     if len(peers) == 1:
         first = tag("b", formats.ratio(medians[0]))
         rest = " · ".join(formats.ratio(value) for value in medians[1:])
-        spread = formats.spread(shown[0][0].ratio) if not rest else rest
+        spread = rest or formats.spread(shown[0][0].ratio)
         return ChartRow(label, strip(height, scale, *drawn), joined(first, " ", tag("small", spread)))
     low, high = formats.number(min(medians)), formats.number(max(medians))
-    wrong = [peer for peer in peers if peer in failed]
-    note = tag("small", f" failed: {', '.join(wrong)}", class_="bad") if wrong else ""
-    return ChartRow(label, strip(height, scale, *drawn), joined(tag("b", f"{low} to {high}×"), note))
+    without = [peer for peer in peers if peer in failed]
+    note = tag("small", f" failed: {', '.join(without)}", class_="bad") if without else ""
+    return ChartRow(label, strip(height, scale, *drawn), joined(tag("b", f"{low} to {high}{formats.TIMES}"), note))
 
 
 def _measured(look: str, scale: Scale, against: Against, y: float, hollow: bool) -> Markup:
@@ -278,9 +278,9 @@ def stacked(
     name: str,
     about: str,
 ) -> Markup:
-    """Bars of several parts; one scale for all. A group: title, then for each bar its label, parts, and total as text."""
+    """Bars of several parts under one scale. A group: its title, then of each bar the label, parts, and total in words."""
     longest = max(sum(parts) for _, bars in groups for _, parts, _ in bars)
-    scale = linear_scale(longest, lambda value: formats.three_digits(value))
+    scale = linear_scale(longest, formats.three_digits)
     rows = []
     for title, bars in groups:
         rows.append(ChartRow(title))

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench.report import e2e, markdown, page, readme
-from bench.report.collect import Collection, collect
-from bench.report.content import Content, gather
+from bench.report.collect import collect
+from bench.report.content import gather
 from bench.report.e2e import Claims
 from bench.report.points import Cases, Declared
 from bench.result import RESULTS
@@ -41,19 +41,15 @@ def main(options: argparse.Namespace, cases: Sequence[Declared] = (), claims: Cl
     """
     known = Cases(cases)
     collection = collect(options.results, options.device)
+    contents = [gather(device, known, claims) for device in collection.devices]
     if options.html is not None:
-        write(options.html, page.render(contents(collection, known, claims), collection.unread))
-        _say(f"written to {options.html}")
+        write(options.html, page.render(contents, collection.unread))
+        _say(f"the page is {options.html}")
     if options.readme is not None:
         device = readme.rewrite(options.readme, collection, known)
-        _say(f"{options.readme}: table from {device.name}, {device.header['date']}")
-    if options.html is None and options.readme is None:
-        sys.stdout.write(markdown.render(contents(collection, known, claims), collection.unread))
+        _say(f"the table of {options.readme} is from {device.name}, {device.header['date']}")
+    sys.stdout.write(markdown.render(contents, collection.unread))
     return 0
-
-
-def contents(collection: Collection, cases: Cases, claims: Claims) -> list[Content]:
-    return [gather(device, cases, claims) for device in collection.devices]
 
 
 def write(path: Path, text: str) -> None:

@@ -49,6 +49,10 @@ class Curve:
     lines: tuple[ProviderLine, ...]
 
     @property
+    def heading(self) -> str:
+        return f"{self.title}, {self.label}" if self.label else self.title
+
+    @property
     def unit(self) -> float:
         first = min(line.measured[0][0] for line in self.lines)
         at = [(not line.ours, q.p50) for line in self.lines for x, q in line.measured if x == first]
@@ -131,7 +135,9 @@ def _shares(values: Sequence[int], whole: Sequence[int]) -> list[str]:
         if i + 1 == len(ordered) or ordered[i + 1] - one > SAME_SHARE:
             group = ordered[start : i + 1]
             share = math.exp(group[len(group) // 2])
-            name = "all" if abs(share - 1) < 0.02 else f"1/{1 / share:.2g}" if share < 1 else f"{share:.2g}×"
+            name = (
+                "all" if abs(share - 1) < 0.02 else f"1/{1 / share:.2g}" if share < 1 else f"{share:.2g}{formats.TIMES}"
+            )
             names.update(dict.fromkeys(group, name))
             start = i + 1
     return [names[one] for one in logs]
@@ -146,8 +152,8 @@ def exponent(line: ProviderLine) -> str:
 def verdicts(found: Sequence[Curve]) -> list[str]:
     """A sentence for every line that is steeper than the work."""
     return [
-        f"{curve.title}{f', {curve.label}' if curve.label else ''} ({formats.METHODS.get(curve.method, curve.method)}): "
-        f"{line.provider} grows faster than the work, with exponent {line.fit}."
+        f"{curve.heading} ({formats.METHODS.get(curve.method, curve.method)}): {line.provider} grows faster than the "
+        f"work, with exponent {line.fit}."
         for curve in found
         for line in curve.steep
     ]

@@ -1,13 +1,14 @@
 """Whole models: time to first token by phase, decoding, requests, memory, training; and the claims of the paper.
 
-Rows of op ``e2e``: the provider is a model, the mode a phase. On a CPU all times become multiples of FlashSloth's at the
-same size, as times there mean nothing by themselves.
+Rows of op ``e2e``: the provider is a model, the mode a phase. On a CPU all times become multiples of FlashSloth's at
+the same size, as times there mean nothing by themselves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from bench.report import formats
 from bench.report.collect import Device
@@ -89,7 +90,7 @@ class Setting:
 
     @property
     def title(self) -> str:
-        return f"{self.width}×{self.height}, batch {self.batch}"
+        return f"{self.width}{formats.TIMES}{self.height}, batch {self.batch}"
 
     def unit(self, device: Device, value: Callable[[Run], float | None]) -> float | None:
         """What counts as one: nothing on a GPU, where numbers have units; ours on a CPU. None where ours is unknown."""
@@ -161,10 +162,14 @@ def training(found: Sequence[Setting], device: Device) -> Table:
             for stage in STAGES:
                 row = run.phases.get(stage)
                 if row is not None:
-                    took = time(setting, device, run, lambda one, stage=stage: one.seconds(stage))
+                    took = time(setting, device, run, partial(_stage, stage))
                     peak = "" if row.peak_bytes is None else formats.amount(row.peak_bytes)
                     rows.append((setting.title, run.model, stage.removeprefix("training "), took, peak))
     return Table(columns, rows, frozenset({3, 4}))
+
+
+def _stage(stage: str, run: Run) -> float | None:
+    return run.seconds(stage)
 
 
 def time(setting: Setting, device: Device, run: Run, value: Callable[[Run], float | None]) -> str:

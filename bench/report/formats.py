@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from bench.timing import Quantiles
 
-MINUS = "\u2212"
+MINUS, TIMES = "\u2212", "\u00d7"
 METHODS = {
     "wall": "calls of all providers interleaved",
     "graph": "replayed CUDA graph, cold L2",
@@ -16,7 +16,7 @@ METHODS = {
 
 def ratio(value: float) -> str:
     """``5.8×``; two digits after the point near one, where they matter."""
-    return f"{number(value)}×"
+    return f"{number(value)}{TIMES}"
 
 
 def number(value: float) -> str:

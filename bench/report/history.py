@@ -1,4 +1,4 @@
-"""How a device's results moved over commits: time on a GPU; on a CPU the ratio with one peer, which cancels the machine."""
+"""How results moved over commits: time on a GPU; on a CPU the ratio with one peer, which cancels the machine."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ def joined(*parts: object) -> Markup:
     return Markup("".join(text(part) for part in parts if part is not None))
 
 
-def tag(name: str, *children: object, **attributes: object) -> Markup:
+def tag(name: str, /, *children: object, **attributes: object) -> Markup:
     """An element. ``class_`` stands for class and ``aria_label`` for aria-label; None leaves an attribute out."""
     given = "".join(
         f' {key.rstrip("_").replace("_", "-")}="{escape(str(value))}"'

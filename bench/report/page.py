@@ -102,7 +102,7 @@ def _overview(content: Content) -> Markup | None:
     method = first_method(content.points)[0].method
     about = (
         f"Time of each peer over ours: a dot a measurement ({formats.METHODS.get(method, method)}), the number their "
-        "median. Right of 1× ours is faster."
+        "median. Right of the line ours is faster."
     )
     return tag("div", tag("h4", "Faster than what?"), tag("p", tag("small", about)), charts.overview(content.opponents))
 
@@ -205,7 +205,10 @@ def _shares(content: Content) -> Markup | None:
     if not found:
         return None
     ceilings = content.device.header.get("ceilings") or {}
-    roof = "The limit of a case is the longer of its flops at the rate of a large product and its bytes at that of a large copy"
+    roof = (
+        "The limit of a case is the longer of two times: its flops at the rate of a large product, and its bytes at the "
+        "rate of a large copy"
+    )
     rates = [(ceilings.get("flops_per_second"), "FLOP"), (ceilings.get("bytes_per_second"), "B")]
     known = [formats.rate(value, unit) for value, unit in rates if value]
     measured = (
@@ -322,7 +325,7 @@ def _requests(content: Content) -> Markup | None:
         lines = _request_lines(own, unit) if unit and len(own) > 1 else []
         if lines:
             panel = Panel(
-                title=f"Answers a second on images of {width}×{height}",
+                title=f"Answers a second on images of {width}{formats.TIMES}{height}",
                 horizontal="batch",
                 vertical="answers per second"
                 if content.device.absolute
@@ -331,7 +334,9 @@ def _requests(content: Content) -> Markup | None:
                 names={float(setting.batch): str(setting.batch) for setting in own},
                 value=formats.three_digits,
             )
-            figures.append(tag("figure", tag("figcaption", f"Answers a second, {width}×{height}"), panel.draw()))
+            figures.append(
+                tag("figure", tag("figcaption", f"Answers a second, {width}{formats.TIMES}{height}"), panel.draw())
+            )
     return tag("div", *figures, class_="panels") if figures else None
 
 
@@ -364,7 +369,10 @@ def _history(content: Content) -> Markup | None:
         if device.absolute
         else "The peer's time over ours: a ratio within each run, as times on a CPU say little"
     )
-    about = f"{what}, over {len(device.history)} results. A plus marks uncommitted changes, a hollow mark a quick or unfinished run."
+    about = (
+        f"{what}, over {len(device.history)} results. A plus marks uncommitted changes, a hollow mark a quick or "
+        "unfinished run."
+    )
     return joined(tag("p", about, class_="lead"), charts.history(content.tracks, device))
 
 

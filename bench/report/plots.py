@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple
 
 from bench.report.html import Markup, joined, tag
@@ -304,7 +305,7 @@ def _clipped(
     """The part of a guide that lies within the plot, cut where it leaves."""
     kept: list[tuple[float, float]] = []
     line = [(x, y) for (x, _), y in zip(places, raw, strict=True)]
-    for a, b in zip(line, line[1:], strict=False):
+    for a, b in pairwise(line):
         ends = []
         for (x, y), (ox, oy) in ((a, b), (b, a)):
             bound = min(max(y, top), base)

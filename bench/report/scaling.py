@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import median
 from typing import NamedTuple
 
@@ -96,7 +97,7 @@ def _beyond_floor(curve: Sequence[tuple[float, float]]) -> int | None:
     """The first point from which time follows work; None where it never does."""
     if len(curve) < 2:
         return 0
-    steps = (_slope(a, b) for a, b in zip(curve, curve[1:], strict=False))
+    steps = (_slope(a, b) for a, b in pairwise(curve))
     return next((i for i, slope in enumerate(steps) if slope >= FLOOR_SLOPE), None)
 
 

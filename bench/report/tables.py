@@ -20,7 +20,7 @@ class Table:
     """Columns, rows of as many cells, and which columns hold numbers."""
 
     columns: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+    rows: Sequence[tuple[str, ...]]
     right: frozenset[int] = frozenset()
     caption: str = ""
     tones: dict[str, str] = field(default_factory=dict)
@@ -80,9 +80,8 @@ def exponents(found: Sequence[Curve]) -> Table:
     rows = []
     for curve in found:
         for line in curve.lines:
-            title = f"{curve.title}, {curve.label}" if curve.label else curve.title
             verdict = "steeper than the work" if line.fit.steep else NONE
-            rows.append((title, curve.method, line.provider, str(line.fit), verdict))
+            rows.append((curve.heading, curve.method, line.provider, str(line.fit), verdict))
     return Table(
         ("curve", "timed by", "provider", "exponent of time over work", ""),
         rows,
