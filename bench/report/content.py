@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from bench.report import e2e, formats, summary, tables
@@ -9,7 +10,7 @@ from bench.report.collect import Device, full
 from bench.report.curves import Curve, curves
 from bench.report.e2e import Claims, Setting
 from bench.report.history import Track, tracks
-from bench.report.points import Cases, Point, points
+from bench.report.points import Cases, Point, backend, points
 from bench.report.summary import Checks, JudgedGoal, Opponent
 from bench.report.tables import Table
 
@@ -42,7 +43,7 @@ class Content:
     points: list[Point]
     opponents: list[Opponent]
     goals: list[JudgedGoal]
-    headings: dict[tuple[str, ...], str]
+    headings: tables.Headings
     curves: list[Curve]
     tracks: list[Track]
     settings: list[Setting]
@@ -51,15 +52,29 @@ class Content:
     missing: Table
 
     @property
-    def notes(self) -> list[str]:
-        return [*self.device.notes, *_choice(self)]
+    def choice(self) -> str:
+        """Where the fastest of our backends, which is shown, is not the one that serves by itself."""
+        chosen = self.device.header.get("backends") or {}
+        found: Counter[tuple[str, str]] = Counter()
+        shown = [point for point in summary.first_method(self.points) if point.ours is not None]
+        for point in shown:
+            best = backend(point.ours) if point.ours is not None else ""
+            if best != chosen.get(point.op, best):
+                found[point.op, best] += 1
+        if not found:
+            return ""
+        words = [
+            f"{op.replace('_', ' ')} by {best} at {count}, while {chosen[op]} serves by itself"
+            for (op, best), count in found.items()
+        ]
+        return f"Ours is the fastest of our backends everywhere. Of {len(shown)} measurements: {'; '.join(words)}."
 
 
 def gather(device: Device, cases: Cases, claims: Claims = e2e.unmeasured_claims) -> Content:
     """Everything of one device. ``claims``: from its rows to the table of the paper's claims."""
     result = device.current
     found = points(result, cases)
-    headings = tables.headings(found, result.rows)
+    headings = tables.headings(result.rows, cases)
     finding, about = summary.headline(device, found)
     checks, goals = summary.checks(result), summary.goals(result)
     whole = e2e.rows_of(result.rows)
@@ -109,13 +124,13 @@ def _goals(goals: list[JudgedGoal]) -> Fact:
 
 def _code(device: Device) -> Fact:
     head = device.header
-    value = f"commit {formats.commit(head)}, {formats.day(head)}"
     kind = "full run" if full(device.current) else "quick run" if device.current.complete else "unfinished run"
+    name, value, when = "Commit", formats.commit(head), f"{formats.day(head)}, {kind}"
     if head.get("dirty"):
-        return Fact("Code", value, f"{kind}; with uncommitted changes, so the commit does not say what ran", "bad")
+        return Fact(name, f"{value}, uncommitted changes", f"{when}; the commit does not say what ran", "bad")
     if head.get("dirty") is None:
-        return Fact("Code", value, f"{kind}; whether the tree was clean is unknown", "warn")
-    return Fact("Code", value, kind, "" if full(device.current) else "warn")
+        return Fact(name, value, f"{when}; whether the tree was clean is unknown", "warn")
+    return Fact(name, value, when, "" if full(device.current) else "warn")
 
 
 def _conditions(head: dict[str, object]) -> list[Fact]:
@@ -131,19 +146,3 @@ def _conditions(head: dict[str, object]) -> list[Fact]:
     value = f"SM clock {tables.before_after(speed, after.get('clocks.sm'))}" if speed else "Clocks unknown"
     note = f"held back: {formats.listed(reasons)}" if reasons else "nothing held the clocks back" if clocks else ""
     return [Fact("Conditions", value, note, "warn" if reasons or not clocks else "")]
-
-
-def _choice(content: Content) -> list[str]:
-    """Where the fastest of our backends is not the one that serves by itself."""
-    chosen = content.device.header.get("backends") or {}
-    elsewhere: dict[tuple[str, str], int] = {}
-    for point in summary.first_method(content.points):
-        if point.ours is not None and point.op in chosen:
-            best = tables.backend(point.ours)
-            if best != chosen[point.op]:
-                elsewhere[point.op, best] = elsewhere.get((point.op, best), 0) + 1
-    return [
-        f"{op.replace('_', ' ')}: at {formats.count(count, 'measurement')} {best} was fastest and is what is shown, "
-        f"while an automatic choice takes {chosen[op]}."
-        for (op, best), count in elsewhere.items()
-    ]

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bench.report import formats
-from bench.report.points import REFERENCE, Cases, backend, is_product, methods, operations, sizes_of, varying
+from bench.report.points import REFERENCE, Cases, backend, is_product, methods, operations
 from bench.report.scaling import Fit, Measured, fit
+from bench.report.sizes import lines_of, sizes_of
 from bench.result import Result, Row
 from bench.timing import Quantiles
-
-SAME_SHARE = 0.1  # log of a ratio: kept rows are a whole number, so a share of 1/9 is now 28/256, now 57/512
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ def curves(result: Result, cases: Cases) -> list[Curve]:
         axis = cases.axis(case, sizes)
         if not axis or not all(axis in size for size in sizes):
             continue
-        labels = _lines_of(sizes, axis)
+        labels = lines_of(sizes, axis)
         own = [row for row in rows if row.case == case and row.passed and row.times is not None and work(row) > 0]
         for key in dict.fromkeys((labels[i], row.mode) for row in own for i in [sizes.index(row.size)]):
             for method in methods(own):
@@ -102,45 +100,6 @@ def _providers(rows: Sequence[Row], axis: str) -> tuple[ProviderLine, ...]:
         if points:
             lines.append(ProviderLine(provider, own[0].ours, tuple(own), axis, fit(points)))
     return tuple(sorted(lines, key=lambda line: not line.ours))
-
-
-def _lines_of(sizes: Sequence[Mapping[str, int]], axis: str) -> list[str]:
-    """For each size, the line it belongs to: its other entries where these differ within the case.
-
-    An entry that goes along with the axis (rows kept of rows) is known by its share of it.
-    """
-    parts: list[list[str]] = [[] for _ in sizes]
-    for name in varying(sizes):
-        if name == axis:
-            continue
-        values = [size.get(name, 0) for size in sizes]
-        shares = _shares(values, [size[axis] for size in sizes])
-        words = [f"{name.replace('_', ' ')} {value}" for value in values]
-        if len(set(shares)) < len(set(values)) and all(shares):
-            words = [f"{name.replace('_', ' ')} {share} of {axis.replace('_', ' ')}" for share in shares]
-        for part, word in zip(parts, words, strict=True):
-            part.append(word)
-    return [", ".join(part) for part in parts]
-
-
-def _shares(values: Sequence[int], whole: Sequence[int]) -> list[str]:
-    """Each value as a share of the whole, close ones alike: ``1/9``, ``2x``. Empty for a value of zero."""
-    if any(value <= 0 for value in (*values, *whole)):
-        return ["" for _ in values]
-    logs = [math.log(value / total) for value, total in zip(values, whole, strict=True)]
-    names: dict[float, str] = {}
-    ordered = sorted(set(logs))
-    start = 0
-    for i, one in enumerate(ordered):
-        if i + 1 == len(ordered) or ordered[i + 1] - one > SAME_SHARE:
-            group = ordered[start : i + 1]
-            share = math.exp(group[len(group) // 2])
-            name = (
-                "all" if abs(share - 1) < 0.02 else f"1/{1 / share:.2g}" if share < 1 else f"{share:.2g}{formats.TIMES}"
-            )
-            names.update(dict.fromkeys(group, name))
-            start = i + 1
-    return [names[one] for one in logs]
 
 
 def exponent(line: ProviderLine) -> str:

@@ -154,18 +154,23 @@ def models(found: Sequence[Setting], device: Device) -> Table:
 
 
 def training(found: Sequence[Setting], device: Device) -> Table:
-    """One step of each stage: memory and time."""
-    columns = ("image, batch", "model", "stage", "time of a step", "memory")
+    """One step of each stage: time and memory."""
+    columns = ["image, batch", "model"]
+    for stage in STAGES:
+        short = stage.removeprefix("training ")
+        columns += [f"{short}, time", f"{short}, memory"]
     rows = []
     for setting in found:
         for run in setting.runs:
+            cells = []
             for stage in STAGES:
                 row = run.phases.get(stage)
-                if row is not None:
-                    took = time(setting, device, run, partial(_stage, stage))
-                    peak = "" if row.peak_bytes is None else formats.amount(row.peak_bytes)
-                    rows.append((setting.title, run.model, stage.removeprefix("training "), took, peak))
-    return Table(columns, rows, frozenset({3, 4}))
+                peak = None if row is None else row.peak_bytes
+                cells.append(time(setting, device, run, partial(_stage, stage)))
+                cells.append("" if peak is None else formats.amount(peak))
+            if any(cells):
+                rows.append((setting.title, run.model, *cells))
+    return Table(tuple(columns), rows, frozenset(range(2, len(columns))))
 
 
 def _stage(stage: str, run: Run) -> float | None:

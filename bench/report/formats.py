@@ -15,7 +15,7 @@ METHODS = {
 
 
 def ratio(value: float) -> str:
-    """``5.8×``; two digits after the point near one, where they matter."""
+    """``5.8×``; near one with two digits after the point, where they matter."""
     return f"{number(value)}{TIMES}"
 
 
@@ -23,7 +23,35 @@ def number(value: float) -> str:
     """Two or three digits."""
     if value >= 99.5:
         return f"{value:.0f}" if value < 9999.5 else f"{value:.2g}"
-    return f"{value:.0f}" if value >= 9.95 else f"{value:.1f}" if value >= 1.995 else f"{value:.2f}"
+    return f"{value:.0f}" if value >= 9.95 else f"{value:.1f}" if value >= 1.25 else f"{value:.2f}"
+
+
+def precise(value: float) -> str:
+    """A ratio with three digits, to be held against a limit: ``1.27×``."""
+    return f"{three_digits(value)}{TIMES}"
+
+
+def tick(value: float) -> str:
+    """A round number on a scale: ``0.5``, ``20``, ``2k``."""
+    return f"{value:g}" if value < 10_000 else f"{value / 1000:g}k"
+
+
+def tick_ratio(value: float) -> str:
+    return f"{value:g}{TIMES}"
+
+
+def tick_seconds(value: float) -> str:
+    """A round time: ``30 µs``, ``1 ms``."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)):
+        if value >= scale * 0.9999:
+            return f"{value / scale:.4g} {unit}"
+    return f"{value / 1e-9:.4g} ns"
+
+
+def tick_size(value: float) -> str:
+    """A size on an axis: ``729``, ``32k`` for 32768."""
+    whole = int(value)
+    return f"{whole // 1024}k" if whole >= 4096 and whole % 1024 == 0 else str(whole)
 
 
 def spread(found: Quantiles) -> str:

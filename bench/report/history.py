@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from bench.report import formats
@@ -17,7 +18,7 @@ class Track:
     """One point over the results of a device.
 
     Attributes:
-        what: "time", or the peer whose ratio it is.
+        what: the peer whose ratio it is; empty for our time.
         values: place of the result in the device's history, and the value.
         full: for each value, whether that run was complete and not quick.
         shown, moved, tone: newest value, change from the one before, and whether that is good or bad.
@@ -50,28 +51,35 @@ def _key(point: Point) -> tuple[object, ...]:
 
 def _times(device: Device, point: Point, own: list[tuple[int, Point]]) -> Track | None:
     values = [(at, one.ours.p50) for at, one in own if one.ours is not None and one.ours.p50]
-    return _track(device, point, "time", values, formats.seconds, smaller=True)
+    return _track(device, point, "", values, formats.seconds, smaller=True)
 
 
 def _ratios(device: Device, point: Point, own: list[tuple[int, Point]]) -> Track | None:
     """With the fastest of the peers that most results have: another peer would be another line."""
     held = [(at, {a.peer.provider: a.ratio.p50 for a in one.against}) for at, one in own]
-    here = sorted(point.against, key=lambda against: against.ratio.p50)
-    if not here:
+    newest = next((ratios for _, ratios in reversed(held) if ratios), {})
+    if not newest:
         return None
-    peer = max((a.peer.provider for a in here), key=lambda name: sum(name in ratios for _, ratios in held))
+    peer = max(sorted(newest, key=newest.__getitem__), key=lambda name: sum(name in ratios for _, ratios in held))
     values = [(at, ratios[peer]) for at, ratios in held if peer in ratios]
     return _track(device, point, f"against {peer}", values, formats.ratio, smaller=False)
 
 
 def _track(
-    device: Device, point: Point, what: str, values: list[tuple[int, float]], name: object, *, smaller: bool
+    device: Device,
+    point: Point,
+    what: str,
+    values: list[tuple[int, float]],
+    name: Callable[[float], str],
+    *,
+    smaller: bool,
 ) -> Track | None:
     if len(values) < 2:
         return None
-    assert callable(name)
+    whole = tuple(full(device.history[at]) for at, _ in values)
+    if point.ours is None:
+        return Track(point.heading, what, tuple(values), whole, "check failed", "", "bad")
     before, now = values[-2][1], values[-1][1]
     better = before / now if smaller else now / before
     tone = "good" if better > 1 + NOISE else "bad" if better < 1 - NOISE else ""
-    whole = tuple(full(device.history[at]) for at, _ in values)
     return Track(point.heading, what, tuple(values), whole, name(now), formats.change(before, now), tone)

@@ -24,7 +24,7 @@ def _device(content: Content) -> list[str]:
     blocks = [f"## {_escaped(device.name)}: {content.finding}", content.about]
     facts = [f"* **{fact.name}** {fact.value}{f' ({fact.note})' if fact.note else ''}" for fact in content.facts]
     blocks.append("\n".join(facts))
-    blocks += [f"> {_escaped(note)}" for note in content.notes]
+    blocks += [f"> {_escaped(note)}" for note in content.device.notes]
     if content.failures:
         failed = formats.count(content.checks.failed, "result")
         blocks += [
@@ -37,6 +37,7 @@ def _device(content: Content) -> list[str]:
         method = shown[0].method
         blocks += [f"The peer's time over ours, medians ({formats.METHODS.get(method, method)}):"]
         blocks.append(table(tables.opponents(content.opponents)))
+        blocks += [_escaped(content.choice)] if content.choice else []
     sections = (
         ("Speedup by size", tables.speedups(content.points, device.absolute)),
         ("Goals", tables.goals(content.goals, content.headings, device.absolute)),
@@ -46,7 +47,7 @@ def _device(content: Content) -> list[str]:
         ("Whole models", e2e.models(content.settings, device)),
         ("A training step", e2e.training(content.settings, device)),
         ("The paper's claims", content.claims),
-        ("History on this device", _history(content)),
+        ("History on this device", tables.history(content.tracks, device)),
         ("What could not be measured", content.missing),
         ("Machine and code", tables.header(device)),
     )
@@ -57,15 +58,6 @@ def _device(content: Content) -> list[str]:
                 blocks += [f"> {_escaped(sentence)}" for sentence in curves.verdicts(content.curves)]
             blocks.append(table(found))
     return blocks
-
-
-def _history(content: Content) -> Table:
-    rows = []
-    for track in content.tracks:
-        first, last = (content.device.history[track.values[i][0]].header for i in (0, -1))
-        over = f"{formats.commit(first)} to {formats.commit(last)}, {len(track.values)} results"
-        rows.append((track.title, track.what, track.shown, track.moved, over))
-    return Table(("case", "", "newest", "change", "over"), rows, frozenset({2, 3}))
 
 
 def table(found: Table) -> str:

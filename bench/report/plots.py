@@ -21,6 +21,7 @@ from bench.timing import Quantiles
 
 OURS = "ours"
 MARKS = 7  # of peers: colour and shape
+_STEPS = ((1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8), (1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,))
 _EDGE = 2.0  # percent of a strip left free at both ends, for marks at the end of the scale
 
 
@@ -44,16 +45,14 @@ class Scale:
 
 
 def log_scale(values: Sequence[float], name: Callable[[float], str], baseline: float | None = None) -> Scale:
-    """A logarithmic scale around the values and the baseline, with ticks at 1, 2 and 5, or fewer over a long range."""
+    """A logarithmic scale around the values and the baseline, with up to seven round ticks."""
     known = [*values, *([] if baseline is None else [baseline])]
     low, high = min(known) / 1.12, max(known) * 1.12
-    for steps in ((1, 2, 5), (1, 3), (1,)):
+    ticks: list[float] = []
+    for steps in _STEPS:
         ticks = [s * 10.0**e for e in range(-12, 13) for s in steps if low <= s * 10.0**e <= high]
         if len(ticks) <= 7:
             break
-    if len(ticks) < 2:
-        high = low * 2.5 if high < low * 2.5 else high
-        ticks = [s * 10.0**e for e in range(-12, 13) for s in (1, 1.5, 2, 3, 5, 7) if low <= s * 10.0**e <= high]
     return Scale(low, high, True, tuple(ticks), name, baseline)
 
 
@@ -76,31 +75,34 @@ def place(value: float) -> str:
 # ---- strips ----
 
 
-def strip(height: int, scale: Scale, *content: object, busy: bool = False) -> Markup:
-    """A cell of a chart, with the grid of its scale. The table it stands in has its numbers, so it is hidden to readers
-    of text. ``busy``: something other than the usual grid is drawn."""
-    grid = [
-        tag("line", x1=place(scale.at(t)), x2=place(scale.at(t)), y1=0, y2=height, class_="grid") for t in scale.ticks
-    ]
+def strip(height: int, scale: Scale, *content: object) -> Markup:
+    """What is drawn in a cell, over the grid of the scale, which fills the cell however high its row gets.
+
+    The table has the numbers, so the drawing is hidden from readers of text.
+    """
+    return joined(_grid(scale), tag("svg", *content, class_="strip", height=height, aria_hidden="true"))
+
+
+def _grid(scale: Scale) -> Markup:
+    def line(at: float, look: str) -> Markup:
+        return tag("line", x1=place(at), x2=place(at), y1=0, y2="100%", class_=look)
+
+    lines = [line(scale.at(tick), "grid") for tick in scale.ticks if tick != scale.baseline]
     if scale.baseline is not None:
         at = scale.at(scale.baseline)
-        shade = tag("rect", x=0, y=0, width=place(at), height=height, class_="slower")
-        grid = [shade, *grid, tag("line", x1=place(at), x2=place(at), y1=0, y2=height, class_="baseline")]
-    return tag("svg", *([] if busy else grid), *content, class_="strip", height=height, aria_hidden="true")
+        shade = tag("rect", x=0, y=0, width=place(at), height="100%", class_="slower")
+        lines = [shade, *lines, line(at, "baseline")]
+    return tag("svg", *lines, class_="behind", aria_hidden="true")
 
 
 def ruler(scale: Scale) -> Markup:
     """The scale over a column of strips."""
-    names = [
-        tag(
-            "text",
-            scale.name(tick),
-            x=place(scale.at(tick)),
-            y=12,
-            class_="tick strong" if tick == scale.baseline else "tick",
-        )
-        for tick in _apart(scale)
-    ]
+    names = []
+    for tick in _apart(scale):
+        at = scale.at(tick)
+        side = " start" if at < 3 else " end" if at > 97 else ""
+        look = f"tick{side}{' strong' * (tick == scale.baseline)}"
+        names.append(tag("text", scale.name(tick), x=place(at), y=12, class_=look))
     return tag("svg", *names, class_="strip", height=16, aria_hidden="true")
 
 
@@ -113,9 +115,15 @@ def _apart(scale: Scale) -> list[float]:
     return sorted(kept)
 
 
-def mark(look: str, x: float, y: float, *, hollow: bool = False) -> Markup:
-    """A mark by its shape and colour: ``ours`` or a number of a peer."""
-    return tag("use", href=f"#mark-{look}", x=place(x), y=f"{y:g}", class_=f"mark {_colour(look)}{' hollow' * hollow}")
+def mark(look: str, x: float, y: float, *, hollow: bool = False, many: bool = False) -> Markup:
+    """A mark by its shape and colour: ``ours`` or a number of a peer. ``many``: see-through, as others lie below."""
+    style = f"mark {_colour(look)}{' hollow' * hollow}{' many' * many}"
+    return tag("use", href=f"#mark-{look}", x=place(x), y=f"{y:g}", class_=style)
+
+
+def upright(look: str, x: float, top: float, base: float) -> Markup:
+    """A short line that stands at a place."""
+    return tag("line", x1=place(x), x2=place(x), y1=f"{top:g}", y2=f"{base:g}", class_=f"median {_colour(look)}")
 
 
 def whisker(look: str, scale: Scale, found: Quantiles, y: float) -> Markup:
@@ -179,7 +187,10 @@ def swatch(look: str, *, hollow: bool = False) -> Markup:
 
 
 class Line(NamedTuple):
-    """A line of a panel: points of the two scales, as marks; the label at its end. ``quiet``: a guide."""
+    """A line of a panel: places on its horizontal axis and quantiles there, and the label at its end.
+
+    ``quiet``: a guide without marks.
+    """
 
     look: str
     label: str
@@ -187,11 +198,19 @@ class Line(NamedTuple):
     note: str = ""
     quiet: bool = False
     dashed: bool = False
+    hollow: bool = False
 
 
 @dataclass(frozen=True)
 class Panel:
-    """A plot with both axes logarithmic. ``names``: the values named on the horizontal axis."""
+    """A plot with both axes logarithmic.
+
+    Attributes:
+        names: the values named on the horizontal axis.
+        value: names of values on the vertical one.
+        span: values the vertical axis reaches over besides its own, so that panels side by side have the same one.
+        baseline: a value that is drawn as a line.
+    """
 
     title: str
     horizontal: str
@@ -199,6 +218,8 @@ class Panel:
     lines: Sequence[Line]
     names: Mapping[float, str]
     value: Callable[[float], str]
+    span: Sequence[float] = ()
+    baseline: float | None = None
     left: int = 50
     right: int = 138
     top: int = 26
@@ -208,7 +229,7 @@ class Panel:
 
     def draw(self) -> Markup:
         known = [q for line in self.lines if not line.quiet for _, point in line.points for q in point]
-        scale_y = log_scale(known, self.value)
+        scale_y = log_scale([*known, *self.span], self.value, self.baseline)
         xs = sorted(self.names)
         scale_x = Scale(xs[0], xs[-1] if xs[-1] > xs[0] else xs[0] * 2, True, tuple(xs), str)
         labels = self._labels(scale_x, scale_y)
@@ -233,19 +254,32 @@ class Panel:
         drawn = [tag("text", self.vertical, x=0, y=11, class_="axis")]
         for tick in scale_y.ticks:
             y = f"{self._y(scale_y, tick):.1f}"
-            drawn.append(tag("line", x1=self.left, x2=end, y1=y, y2=y, class_="grid"))
+            look = "baseline" if tick == self.baseline else "grid"
+            drawn.append(tag("line", x1=self.left, x2=end, y1=y, y2=y, class_=look))
             drawn.append(tag("text", self.value(tick), x=self.left - 6, y=y, dy="0.35em", class_="tick end"))
         drawn.append(tag("line", x1=self.left, x2=end, y1=base, y2=base, class_="base"))
-        last = -math.inf
-        for value, name in sorted(self.names.items()):
-            x = self._x(scale_x, value)
-            drawn.append(tag("line", x1=f"{x:.1f}", x2=f"{x:.1f}", y1=base, y2=base + 4, class_="base"))
-            if x - last >= 6.4 * len(name) + 6:
-                drawn.append(tag("text", name, x=f"{x:.1f}", y=base + 16, class_="tick"))
-                last = x
+        named = self._named(scale_x)
+        for value, name in self.names.items():
+            x = f"{self._x(scale_x, value):.1f}"
+            drawn.append(tag("line", x1=x, x2=x, y1=base, y2=base + 4, class_="base"))
+            if value in named:
+                drawn.append(tag("text", name, x=x, y=base + 16, class_="tick"))
         middle = (self.left + end) / 2
         drawn.append(tag("text", self.horizontal, x=f"{middle:g}", y=base + 31, class_="axis middle"))
         return drawn
+
+    def _named(self, scale: Scale) -> set[float]:
+        """Every value of the axis, or every second, ...: as many as have room, the last among them."""
+        values = sorted(self.names, reverse=True)
+        for step in range(1, len(values) + 1):
+            kept = values[::step]
+            room = (
+                self._x(scale, a) - self._x(scale, b) - 3.4 * (len(self.names[a]) + len(self.names[b]))
+                for a, b in pairwise(kept)
+            )
+            if all(space >= 6 for space in room):
+                return set(kept)
+        return set(values[:1])
 
     def _line(self, line: Line, scale_x: Scale, scale_y: Scale) -> Markup:
         colour = "guide" if line.quiet else _colour(line.look)
@@ -260,9 +294,8 @@ class Panel:
                 low, high = self._y(scale_y, point.p20), self._y(scale_y, point.p80)
                 at = f"{self._x(scale_x, x):.1f}"
                 parts.append(tag("line", x1=at, x2=at, y1=f"{low:.1f}", y2=f"{high:.1f}", class_=f"whisker {colour}"))
-                parts.append(
-                    tag("use", href=f"#mark-{line.look}", x=f"{px:.1f}", y=f"{py:.1f}", class_=f"mark {colour}")
-                )
+                look = f"mark {colour}{' hollow' * line.hollow}"
+                parts.append(tag("use", href=f"#mark-{line.look}", x=f"{px:.1f}", y=f"{py:.1f}", class_=look))
         return joined(*parts)
 
     def _raw_y(self, scale: Scale, value: float) -> float:
@@ -275,7 +308,7 @@ class Panel:
         """Where each label stands, where its line ends, its words, its look: pushed apart, in the order of the ends."""
         found = []
         for line in self.lines:
-            if line.points and not line.quiet:
+            if line.points and line.label:
                 end = self._y(scale_y, line.points[-1][1].p50)
                 words = [*_wrapped(line.label, 20), *([line.note] if line.note else [])]
                 found.append((end, words, line))

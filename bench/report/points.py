@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from bench.report import formats
+from bench.report.sizes import label, lines_of, sizes_of, varying
 from bench.result import Result, Row
 from bench.timing import Quantiles
 
@@ -41,6 +41,7 @@ class Point:
     Attributes:
         title: of the case, with the variant of ours.
         label: what tells the size from others of the case; empty where there is one.
+        axis, line: of a curve the entry along which it runs, and which line of the case it is; empty elsewhere.
         ours: the fastest of our backends that passed; None where none did.
         backends: all of ours that passed, fastest first; the reference is not among them.
         against: the peers that passed.
@@ -52,6 +53,8 @@ class Point:
     title: str
     label: str
     size: Mapping[str, int]
+    axis: str
+    line: str
     dtype: str
     mode: str
     method: str
@@ -90,10 +93,15 @@ class Cases:
         return differing[0] if len(differing) == 1 else ""
 
 
-def varying(sizes: Sequence[Mapping[str, int]]) -> list[str]:
-    """The entries in which sizes differ."""
-    names = dict.fromkeys(name for size in sizes for name in size)
-    return [name for name in names if len({size.get(name) for size in sizes}) > 1]
+def largest(found: Sequence[Point]) -> list[Point]:
+    """Of every curve the point at its end, and all other points."""
+    ends: dict[tuple[str, ...], Point] = {}
+    for point in found:
+        key = (point.title, point.line if point.axis else point.label, point.dtype, point.mode)
+        held = ends.get(key)
+        if held is None or (point.axis and point.size[point.axis] > held.size[point.axis]):
+            ends[key] = point
+    return list(ends.values())
 
 
 def backend(row: Row) -> str:
@@ -110,15 +118,6 @@ def methods(rows: Sequence[Row]) -> list[str]:
     """The ways of timing that occur, the one that shows the kernels first."""
     found = dict.fromkeys(row.method for row in rows)
     return sorted(found, key=lambda name: METHOD_ORDER.index(name) if name in METHOD_ORDER else len(METHOD_ORDER))
-
-
-def sizes_of(rows: Sequence[Row]) -> dict[str, list[dict[str, int]]]:
-    """The sizes of each case, in the order of the file."""
-    found: dict[str, list[dict[str, int]]] = {}
-    for row in rows:
-        if row.size not in found.setdefault(row.case, []):
-            found[row.case].append(row.size)
-    return found
 
 
 def operations(rows: Sequence[Row]) -> list[Row]:
@@ -152,13 +151,18 @@ def _point(group: Sequence[Row], variant: str, sizes: Sequence[Mapping[str, int]
         peer = peers.get(name)
         if peer is not None and peer.passed:
             against.append(Against(peer, Quantiles(found["p20"], found["p50"], found["p80"])))
-    title = cases.title(first.case)
+    title, axis = cases.title(first.case), cases.axis(first.case, sizes)
+    if not all(axis in size for size in sizes):
+        axis = ""
+    line = lines_of(sizes, axis)[sizes.index(first.size)] if axis else ""
     return Point(
         case=first.case,
         op=first.op,
         title=f"{title}, {variant}" if variant else title,
-        label=formats.size(first.size, varying(sizes)) if len(sizes) > 1 else "",
+        label=label(first.size, sizes, axis, line),
         size=first.size,
+        axis=axis,
+        line=line,
         dtype=first.dtype,
         mode=first.mode,
         method=first.method,

@@ -45,6 +45,14 @@ class Opponent:
     failed: int
 
     @property
+    def use(self) -> str:
+        return self.op.replace("_", " ") + (f", {self.variant}" if self.variant else "")
+
+    @property
+    def median(self) -> float:
+        return median(self.ratios)
+
+    @property
     def ratios(self) -> list[float]:
         return [against.ratio.p50 for _, against in self.found]
 

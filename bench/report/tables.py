@@ -8,11 +8,15 @@ from dataclasses import dataclass, field
 from bench.report import formats
 from bench.report.collect import Device
 from bench.report.curves import Curve
-from bench.report.points import OURS_PREFIX, Point, backend, operations
+from bench.report.history import Track
+from bench.report.points import OURS_PREFIX, Cases, Point, backend
+from bench.report.sizes import label, lines_of, sizes_of
 from bench.report.summary import JudgedGoal, Opponent
 from bench.result import Row
 
 NONE = ""
+
+Headings = Mapping[tuple[str, ...], str]
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,7 @@ def opponents(found: Sequence[Opponent]) -> Table:
     """Every peer: median ratio, its range over the sizes, and over how many."""
     rows = []
     for one in found:
-        name = one.op.replace("_", " ") + (f", {one.variant}" if one.variant else "")
-        rows.append((name, one.peer, *opponent_cells(one)))
+        rows.append((one.use, one.peer, *opponent_cells(one)))
     return Table(("op", "against", "median", "range", "measurements"), rows, frozenset({2, 3, 4}))
 
 
@@ -48,8 +51,7 @@ def opponent_cells(one: Opponent) -> tuple[str, str, str]:
     if not ratios:
         return "no speedup", "", failed
     between = f"{formats.number(ratios[0])} to {formats.number(ratios[-1])}" if len(ratios) > 1 else ""
-    middle = (ratios[(len(ratios) - 1) // 2] * ratios[len(ratios) // 2]) ** 0.5
-    return formats.ratio(middle), between, ", ".join(filter(None, (str(len(ratios)), failed)))
+    return formats.ratio(one.median), between, ", ".join(filter(None, (str(len(ratios)), failed)))
 
 
 def speedups(found: Sequence[Point], absolute: bool) -> Table:
@@ -120,13 +122,23 @@ def _amount(count: int | None) -> str:
     return NONE if count is None else formats.amount(count)
 
 
-def goals(found: Sequence[JudgedGoal], headings: dict[tuple[str, ...], str], absolute: bool) -> Table:
+def history(found: Sequence[Track], device: Device) -> Table:
+    """Every point that more than one result has: newest value, and how it moved since the one before."""
+    rows = []
+    for track in found:
+        first, last = (device.history[track.values[i][0]].header for i in (0, -1))
+        over = f"{formats.commit(first)} to {formats.commit(last)}, {len(track.values)} results"
+        rows.append((track.title, track.what or "time", track.shown, track.moved, over))
+    return Table(("case", "", "newest", "change", "over"), rows, frozenset({2, 3}))
+
+
+def goals(found: Sequence[JudgedGoal], headings: Headings, absolute: bool) -> Table:
     rows = []
     for one in found:
         wanted, measured = goal_words(one, absolute)
         who = one.row.provider.removeprefix(OURS_PREFIX)
-        rows.append((headings.get(one.row.point, one.row.case), who, one.row.method, wanted, measured, one.state))
-    return Table(("case", "ours", "timed by", "goal", "measured", ""), rows, frozenset({4}), tones=TONES)
+        rows.append((headings[one.row.point], who, wanted, measured, one.state))
+    return Table(("case", "ours", "goal", "measured", ""), rows, frozenset({3}), tones=TONES)
 
 
 def goal_words(one: JudgedGoal, absolute: bool) -> tuple[str, str]:
@@ -136,12 +148,12 @@ def goal_words(one: JudgedGoal, absolute: bool) -> tuple[str, str]:
     peer = f"the fastest of {peers}" if len(goal.peers) > 1 else peers
     value = goal.measured
     if goal.kind == "speedup":
-        return f"≥ {formats.ratio(goal.limit)} as fast as {peer}", "" if value is None else formats.ratio(value)
+        return f"≥ {formats.tick_ratio(goal.limit)} as fast as {peer}", "" if value is None else formats.precise(value)
     if goal.kind == "overhead":
-        return f"≤ {formats.ratio(goal.limit)} the time of {peer}", "" if value is None else formats.ratio(value)
+        return f"≤ {formats.tick_ratio(goal.limit)} the time of {peer}", "" if value is None else formats.precise(value)
     if goal.kind == "seconds":
         shown = "" if value is None or not absolute else formats.seconds(value)
-        return f"≤ {formats.seconds(goal.limit)}", shown
+        return f"≤ {formats.tick_seconds(goal.limit)}", shown
     if goal.kind == "share":
         return f"≥ {formats.percent(goal.limit)} of the limit", "" if value is None else formats.percent(value)
     return f"keeps ≤ {_part(goal.limit)} of the plain tensor", "" if value is None else _part(value)
@@ -151,7 +163,7 @@ def _part(value: float) -> str:
     return f"1/{1 / value:.3g}" if 0 < value < 1 else f"{value:.3g}"
 
 
-def failures(rows: Sequence[Row], headings: dict[tuple[str, ...], str]) -> Table:
+def failures(rows: Sequence[Row], headings: Headings) -> Table:
     """What was wrong, a result once however it was timed."""
     found: dict[tuple[str, ...], tuple[str, ...]] = {}
     for row in rows:
@@ -159,7 +171,7 @@ def failures(rows: Sequence[Row], headings: dict[tuple[str, ...], str]) -> Table
             error = "" if row.max_error is None else f"{row.max_error:.3g}"
             allowed = "" if row.error_allowed is None else f"{row.error_allowed:.3g}"
             key = (*row.point, row.provider, row.failure)
-            found.setdefault(key, (headings.get(row.point, row.case), row.provider, row.failure, error, allowed))
+            found.setdefault(key, (headings[row.point], row.provider, row.failure, error, allowed))
     return Table(("case", "provider", "what was wrong", "error", "allowed"), list(found.values()), frozenset({3, 4}))
 
 
@@ -247,10 +259,16 @@ def throttling(*states: Mapping[str, str]) -> list[str]:
     return [name for bit, name in _REASONS.items() if bits & bit]
 
 
-def headings(found: Sequence[Point], rows: Sequence[Row]) -> dict[tuple[str, ...], str]:
-    """How the point of a row is called."""
-    named = {row.point: row.case for row in operations(rows)}
-    for point in found:
-        for row in (*([point.ours] if point.ours else []), *point.failed):
-            named[row.point] = point.heading
+def headings(rows: Sequence[Row], cases: Cases) -> Headings:
+    """How the point of every row is called."""
+    named = {}
+    sizes = sizes_of(rows)
+    for row in rows:
+        own = sizes[row.case]
+        axis = cases.axis(row.case, own)
+        axis = axis if all(axis in size for size in own) else ""
+        line = lines_of(own, axis)[own.index(row.size)] if axis else ""
+        found = label(row.size, own, axis, line)
+        title = cases.title(row.case)
+        named[row.point] = f"{title}, {found}" if found else title
     return named
