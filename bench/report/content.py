@@ -55,19 +55,18 @@ class Content:
     def choice(self) -> str:
         """Where the fastest of our backends, which is shown, is not the one that serves by itself."""
         chosen = self.device.header.get("backends") or {}
-        found: Counter[tuple[str, str]] = Counter()
-        shown = [point for point in summary.first_method(self.points) if point.ours is not None]
-        for point in shown:
-            best = backend(point.ours) if point.ours is not None else ""
-            if best != chosen.get(point.op, best):
-                found[point.op, best] += 1
-        if not found:
-            return ""
+        total, other = Counter[str](), Counter[tuple[str, str]]()
+        for point in summary.first_method(self.points):
+            if point.ours is not None and point.op in chosen:
+                total[point.op] += 1
+                if backend(point.ours) != chosen[point.op]:
+                    other[point.op, backend(point.ours)] += 1
         words = [
-            f"{op.replace('_', ' ')} by {best} at {count}, while {chosen[op]} serves by itself"
-            for (op, best), count in found.items()
+            f"{op.replace('_', ' ')}, {best} at {count} of {formats.count(total[op], 'measurement')}, where "
+            f"{chosen[op]} is the automatic choice"
+            for (op, best), count in other.items()
         ]
-        return f"Ours is the fastest of our backends everywhere. Of {len(shown)} measurements: {'; '.join(words)}."
+        return f"Shown is the fastest of our backends: {'; '.join(words)}." if words else ""
 
 
 def gather(device: Device, cases: Cases, claims: Claims = e2e.unmeasured_claims) -> Content:
@@ -113,13 +112,13 @@ def _right(checks: Checks) -> Fact:
 
 
 def _goals(goals: list[JudgedGoal]) -> Fact:
-    states = [goal.state for goal in goals]
+    name, states = "Is it fast enough?", [goal.state for goal in goals]
     if not goals:
-        return Fact("Goals", "None at these sizes")
+        return Fact(name, "No goals at these sizes")
     reached, missed, unmeasured = (states.count(state) for state in ("reached", "missed", "unmeasured"))
     rest = [f"{missed} missed"] * bool(missed) + [f"{unmeasured} unmeasured"] * bool(unmeasured)
     tone = "bad" if missed else "warn" if unmeasured else "good"
-    return Fact("Goals", f"{reached} of {len(goals)} reached", ", ".join(rest), tone)
+    return Fact(name, f"{reached} of {len(goals)} goals reached", ", ".join(rest), tone)
 
 
 def _code(device: Device) -> Fact:

@@ -12,6 +12,7 @@ from bench.report.plots import marks
 from bench.report.summary import first_method
 
 TITLE = "FlashSloth: fused ops, measured"
+POLICY = "default-src 'none'; style-src 'unsafe-inline'"  # a browser then refuses to fetch anything at all
 FEW = 4  # failures that the first screen lists
 
 SECTIONS: tuple[tuple[str, str, Callable[[Content], Markup | None]], ...] = (
@@ -35,6 +36,7 @@ def render(contents: Sequence[Content], unread: Sequence[str] = ()) -> str:
         "head",
         tag("meta", charset="utf-8"),
         tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        tag("meta", http_equiv="Content-Security-Policy", content=POLICY),
         tag("meta", name="color-scheme", content="light dark"),
         tag("title", TITLE),
         tag("style", Markup(style)),

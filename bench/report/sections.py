@@ -61,7 +61,7 @@ def _ratio_panel(
 ) -> Markup | None:
     """The ratios along a curve, a line a peer and method."""
     axis, title, line = own[0].axis, own[0].title, own[0].line
-    lines = []
+    lines: list[Line] = []
     for peer in charts.peers_of(own):
         for method in names:
             measured = [
@@ -185,9 +185,9 @@ def limit(content: Content) -> Markup | None:
     known = [formats.rate(value, unit) for value, unit in rates if value] if content.device.absolute else []
     measured = f": {formats.listed(known)}" if known else ""
     about = (
-        "The limit of a case is the longer of two times: its flops at the rate of a large product, and its bytes at the "
-        f"rate of a large copy, both measured in the same run{measured}. The mark is the best peer. Of a curve the "
-        "largest size is drawn."
+        "The limit of a case is the longer of two times: its flops at the rate of a large product, and its bytes at "
+        f"the rate of a large copy, both measured in the same run{measured}. The mark is the best peer. Of a curve "
+        "the largest size is drawn."
     )
     over = any((point.ours.share or 0) > 1 for point in found if point.ours is not None)
     note = tag("p", "Over 100 %: data came from a cache, or a ceiling was measured low.", class_="note")
