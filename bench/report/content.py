@@ -32,7 +32,7 @@ class Content:
     Attributes:
         finding, about: the sentence of the first screen, and what it is over.
         headings: how the point of a row is called.
-        claims: the paper's, beside what was measured; None where no whole model was run.
+        claims: the paper's, beside what was measured.
     """
 
     device: Device
@@ -47,7 +47,7 @@ class Content:
     curves: list[Curve]
     tracks: list[Track]
     settings: list[Setting]
-    claims: Table | None
+    claims: Table
     failures: Table
     missing: Table
 
@@ -90,7 +90,7 @@ def gather(device: Device, cases: Cases, claims: Claims = e2e.unmeasured_claims)
         curves=curves(result, cases),
         tracks=tracks(device, cases),
         settings=e2e.settings(result.rows),
-        claims=claims(whole) if whole else None,
+        claims=claims(whole),
         failures=tables.failures(result.rows, headings),
         missing=tables.missing(result.rows),
     )

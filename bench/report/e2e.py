@@ -6,7 +6,7 @@ the same size, as times there mean nothing by themselves.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,7 +19,6 @@ from bench.result import Row
 PARTS = ("vision", "compression", "prefill")
 FIRST_TOKEN, DECODE, ANSWER = "first token", "decode", "answer"
 STAGES = ("training stage 1", "training stage 2")
-INFERENCE = (*PARTS, FIRST_TOKEN, DECODE, ANSWER)
 
 Claims = Callable[[Sequence[Row]], Table]
 """Rows of a result to the table of the paper's claims, beside what was measured and whether it holds."""
@@ -57,11 +56,9 @@ class Run:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Of all answers of the batch together."""
+        """Of all answers of the batch together; the phase is one step, which gives each of them a token."""
         row = self.phases.get(DECODE)
-        if row is None or not row.p50 or not row.size.get("new_tokens"):
-            return None
-        return row.size.get("batch", 1) * row.size["new_tokens"] / row.p50
+        return row.size.get("batch", 1) / row.p50 if row is not None and row.p50 else None
 
     @property
     def requests_per_second(self) -> float | None:
@@ -70,9 +67,9 @@ class Run:
 
     @property
     def peak(self) -> Row | None:
-        """The phase of inference that needs most memory."""
-        rows = [row for phase, row in self.phases.items() if phase in INFERENCE and row.peak_bytes is not None]
-        return max(rows, key=lambda row: row.peak_bytes or 0, default=None)
+        """What an answer needs at most, from pixels to its last token; weights are in it."""
+        row = self.phases.get(ANSWER)
+        return row if row is not None and row.peak_bytes is not None else None
 
     @property
     def visual_tokens(self) -> int | None:
@@ -194,5 +191,12 @@ def speed(setting: Setting, device: Device, run: Run, value: Callable[[Run], flo
 
 
 def unmeasured_claims(rows: Sequence[Row]) -> Table:
-    """The claims alone, where nothing is at hand to set beside them."""
-    return Table(("of FlashSloth", "the paper", "measured"), [(what, claim, "not measured") for what, claim in PAPER])
+    """The claims alone, where nothing is at hand to set beside the rows of whole models."""
+    lines = [(what, claim, "not compared") for what, claim in PAPER] if rows else []
+    return Table(("of FlashSloth", "the paper", "here"), lines)
+
+
+def compared_claims(lines: Iterable[tuple[str, ...]]) -> Table:
+    """Lines of quantity, what the paper claims, model, image, what is found here, and whether it holds."""
+    columns = ("of FlashSloth", "the paper", "model", "image", "here", "verdict")
+    return Table(columns, list(lines), tones={"holds": "good", "does not hold": "bad"})

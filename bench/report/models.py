@@ -19,10 +19,12 @@ def whole_models(content: Content) -> Markup | None:
     if not content.settings:
         return None
     device, found = content.device, content.settings
-    unit = "" if device.absolute else " On a CPU times are multiples of FlashSloth's at the same size."
-    lead = f"Full architectures with random weights, from pixels to an answer.{unit}"
-    if device.header["small"]:
-        lead = f"Small architectures, as a test of the suite.{unit}"
+    lead = "Full architectures with random weights, from pixels to an answer. Models were measured one after the other."
+    if not device.absolute:
+        lead = (
+            "On a CPU these are small architectures and a self-test, which says nothing about full size. Times are "
+            "multiples of FlashSloth's at the same size."
+        )
     training = e2e.training(found, device)
     return joined(
         tag("p", lead, class_="lead"),
@@ -35,7 +37,7 @@ def whole_models(content: Content) -> Markup | None:
 
 
 def claims(content: Content) -> Markup | None:
-    return None if content.claims is None else table(content.claims)
+    return table(content.claims) if content.claims else None
 
 
 def _first_token(content: Content) -> Markup | None:
@@ -121,5 +123,5 @@ def _memory(found: Sequence[Setting]) -> Markup | None:
             groups.append((setting.title, entries))
     if not groups:
         return None
-    about = f"Peak memory of inference at batch {most}, above what was in use before the call"
+    about = f"Peak memory of an answer at batch {most}, weights included"
     return joined(tag("h4", about), charts.memory_bars(groups, about))

@@ -268,7 +268,7 @@ def table(found: Table, headless: bool = False) -> Markup:
 
     head = tag("tr", *(tag("th", name, scope="col", class_=style(i)) for i, name in enumerate(found.columns)))
     body = [
-        tag("tr", *(tag("td", cell, class_=found.tones.get(cell) or style(i)) for i, cell in enumerate(row)))
+        tag("tr", *(tag("td", cell, class_=found.tone(cell) or style(i)) for i, cell in enumerate(row)))
         for row in found.rows
     ]
     parts = [] if headless else [tag("thead", head)]

@@ -9,7 +9,7 @@ from bench.report import formats
 from bench.report.collect import Device
 from bench.report.curves import Curve
 from bench.report.history import Track
-from bench.report.points import OURS_PREFIX, Cases, Point, backend
+from bench.report.points import END_TO_END, OURS_PREFIX, Cases, Point, backend
 from bench.report.sizes import label, lines_of, sizes_of
 from bench.report.summary import JudgedGoal, Opponent
 from bench.result import Row
@@ -21,7 +21,7 @@ Headings = Mapping[tuple[str, ...], str]
 
 @dataclass(frozen=True)
 class Table:
-    """Columns, rows of as many cells, and which columns hold numbers."""
+    """Columns, rows of as many cells, which columns hold numbers, and the tone of cells that begin with a word."""
 
     columns: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
@@ -31,6 +31,10 @@ class Table:
 
     def __bool__(self) -> bool:
         return bool(self.rows)
+
+    def tone(self, cell: str) -> str | None:
+        """Of a cell that begins with one of the marked words."""
+        return next((tone for word, tone in self.tones.items() if cell.startswith(word)), None)
 
 
 TONES = {"missed": "bad", "unmeasured": "warn", "reached": "good"}
@@ -264,6 +268,9 @@ def headings(rows: Sequence[Row], cases: Cases) -> Headings:
     named = {}
     sizes = sizes_of(rows)
     for row in rows:
+        if row.op == END_TO_END:
+            named[row.point] = f"{row.case}, {row.mode}"
+            continue
         own = sizes[row.case]
         axis = cases.axis(row.case, own)
         axis = axis if all(axis in size for size in own) else ""
