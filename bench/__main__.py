@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -13,12 +13,12 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from bench import runner, suite
+from bench import compare, regression, report, runner, suite
 from bench.case import DTYPES, Case, why_missing
 from bench.cases import CASES
 from bench.gpu import check
-from bench.result import RESULTS, load
-from bench.table import render
+from bench.result import RESULTS, load, make_header
+from bench.table import of_models, render
 from bench.timing import fixed_threads
 from flashsloth_ops import backend
 
@@ -33,6 +33,12 @@ def main(arguments: Sequence[str] | None = None, cases: Sequence[Case] = CASES) 
             return 0
         if options.command == "gpu-check":
             return check_gpu(options)
+        if options.command == "compare":
+            return compare.main(options, cases=cases, console=console, device=device_of(options))
+        if options.command == "check":
+            return check_regressions(options, console, cases)
+        if options.command == "report":
+            return reported(options, cases)
         return run(options, console, cases)
     except (ValueError, OSError, backend.BackendError) as error:
         Console(stderr=True, soft_wrap=True).print(f"python -m bench: {error}", style="red", markup=False)
@@ -42,24 +48,43 @@ def main(arguments: Sequence[str] | None = None, cases: Sequence[Case] = CASES) 
 def run(options: argparse.Namespace, console: Console, cases: Sequence[Case]) -> int:
     """Check and time what was asked for; one table, one JSON file."""
     device = device_of(options)
-    plan = suite.plan(
-        runner.matching(cases, options.case),
-        device,
-        quick=options.quick,
-        small=options.small,
-        budget=options.budget,
-        providers=options.provider,
-    )
-    columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
-    with fixed_threads(options.threads):
+    how = {"quick": options.quick, "small": options.small, "budget": options.budget, "providers": options.provider}
+    models = suite.end_to_end(device, options.case, **how)
+    if models is not None and options.case is not None:
+        plan = suite.Plan(device, quick=options.quick, small=options.small)
+    else:
+        plan = suite.plan(runner.matching(cases, options.case), device, **how)
+    with fixed_threads(options.threads), Bar() as bar:
         path, result = suite.unfinished(plan, options.out) if options.resume else (None, suite.begin(plan))
         path = path or result.path(options.out)
-        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-            bar = progress.add_task("", total=len(plan.points))
-            suite.go(plan, result, path, tell=lambda what, n: progress.update(bar, description=what, completed=n))
+        tell = bar.telling(len(plan.points))
+        done = {row.key for row in result.rows}
+        more = () if models is None else models(done, lambda what: tell(what, len(plan.points)))
+        suite.go(plan, result, path, more=more, tell=tell)
     console.print(render(result, cases))
+    if models is not None:
+        console.print(of_models(result.rows))
     console.print(f"stored in {path}", soft_wrap=True, markup=False, highlight=False)
     return 1 if result.failed else 0
+
+
+def check_regressions(options: argparse.Namespace, console: Console, cases: Sequence[Case]) -> int:
+    """Measure again and compare with the stored result of this device."""
+    device = device_of(options)
+    with fixed_threads(options.threads):
+        slug = make_header(device)["slug"]
+        with Bar() as bar:
+            measure = regression.measurer(
+                cases,
+                device,
+                quick=options.quick,
+                budget=options.budget,
+                tell=lambda what, n: bar.telling(None)(what, n),
+            )
+            names = [case.name for case in cases if device in case.devices]
+            return regression.main(
+                options, slug=slug, names=names, measure=measure, console=console, folder=options.results
+            )
 
 
 def check_gpu(options: argparse.Namespace) -> int:
@@ -72,6 +97,25 @@ def check_gpu(options: argparse.Namespace) -> int:
         _say(f"faster in CUDA C++ than in Triton: {', '.join(document['faster_in_cuda'])}")
     _say(f"stored in {path}")
     return 1 if any(step["ok"] is False for step in document["steps"]) else 0
+
+
+def reported(options: argparse.Namespace, cases: Sequence[Case]) -> int:
+    """Markdown, a page, the table of the README: from what is stored."""
+    return report.main(options, cases)
+
+
+class Bar(Progress):
+    """A progress bar on stderr, gone at the end."""
+
+    def __init__(self) -> None:
+        columns = SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+        super().__init__(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True)
+        self.task = self.add_task("", total=None)
+
+    def telling(self, total: int | None) -> Callable[[str, int], None]:
+        """What is to be told the title of a step and how many are done, of ``total``."""
+        self.update(self.task, total=total)
+        return lambda what, done: self.update(self.task, description=what, completed=done)
 
 
 def _say(line: str) -> None:
@@ -116,9 +160,6 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     list_parser = commands.add_parser("list", help="cases, sizes, providers, and what can run here")
     run_parser = commands.add_parser("run", help="check, then time; one table, one JSON file")
-    for one in (list_parser, run_parser):
-        one.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU where there is one")
-    run_parser.add_argument("--case", metavar="PATTERN", help="only cases whose name contains or matches this")
     run_parser.add_argument(
         "--provider",
         action="append",
@@ -126,12 +167,26 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="ours and peers whose name contains this; repeatable",
     )
-    run_parser.add_argument("--quick", action="store_true", help="only sizes and peers with a goal, fewer rounds")
     run_parser.add_argument("--small", action="store_true", help="small sizes: tests the suite, says nothing of speed")
-    run_parser.add_argument("--budget", type=duration, metavar="TIME", help="time to measure in all, such as 90s or 8m")
-    run_parser.add_argument("--threads", type=positive, help="threads inside an op on a CPU; default: as torch is set")
     run_parser.add_argument("--resume", action="store_true", help="go on with the newest unfinished run like this one")
     run_parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="default: bench/results")
+    compare_parser = commands.add_parser("compare", help="two results or revisions: how long B takes over A")
+    compare.add_arguments(compare_parser)
+    compare_parser.add_argument("--small", action="store_true", help="small sizes: tests the suite")
+    check_parser = commands.add_parser("check", help="against the stored result of this device: exit code 1 if slower")
+    regression.add_arguments(check_parser)
+    check_parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="default: bench/results")
+    for one in (run_parser, check_parser):
+        one.add_argument("--quick", action="store_true", help="only sizes and peers with a goal, fewer rounds")
+    for one in (run_parser, compare_parser, check_parser):
+        one.add_argument("--case", metavar="PATTERN", help="only cases whose name contains or matches this")
+        one.add_argument("--budget", type=duration, metavar="TIME", help="time to measure in all, such as 90s or 8m")
+        one.add_argument("--threads", type=positive, help="threads inside an op on a CPU; default: as torch is set")
+    for one in (list_parser, run_parser, compare_parser, check_parser):
+        one.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU where there is one")
+    report.add_arguments(
+        commands.add_parser("report", help="what is stored, as Markdown, one page, the README's table")
+    )
     gpu_parser = commands.add_parser("gpu-check", help="on a GPU: build, test, compare, check memory, time; one JSON")
     gpu_parser.add_argument("--out", type=Path, default=RESULTS, metavar="DIR", help="default: bench/results")
     gpu_parser.add_argument("--budget", type=duration, default=460.0, metavar="TIME", help="default: 460s in all")

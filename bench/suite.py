@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import fnmatch
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,8 +25,8 @@ class Plan(NamedTuple):
     """
 
     device: str
-    points: tuple[tuple[Case, Size], ...]
-    effort: Effort
+    points: tuple[tuple[Case, Size], ...] = ()
+    effort: Effort = Effort(1.0, 3, 60)
     quick: bool = False
     small: bool = False
 
@@ -77,6 +78,30 @@ def plan(
     return Plan(device, tuple(points), Effort(each, *rounds), quick, small)
 
 
+def end_to_end(
+    device: str, pattern: str | None, *, quick: bool, small: bool, budget: float | None, providers: Sequence[str] = ()
+) -> Callable[[Set[tuple[str, ...]], Callable[[str], None]], Iterator[list[Row]]] | None:
+    """What measures whole models (:mod:`bench.e2e`), given the keys of rows that are there; None where none is wanted.
+
+    Without a pattern they are part of a full run only. Raises ValueError where they are asked for and cannot run.
+    """
+    asked = pattern is not None and (pattern in "e2e" or pattern.startswith("e2e"))
+    if not asked and (quick or pattern is not None):
+        return None
+    if version("transformers") is None:
+        if asked:
+            raise ValueError("--case e2e: expected transformers to be installed: pip install transformers")
+        return None
+    from bench.e2e.run import run
+
+    def chosen(case: str, provider: str) -> bool:
+        named = pattern is None or pattern in case or fnmatch.fnmatch(case, pattern)
+        return named and (not providers or any(wanted in provider for wanted in providers))
+
+    seconds = budget or (20.0 if device == "cpu" or quick else 900.0)
+    return lambda done, step: run(device, quick=quick, small=small, budget=seconds, done=done, step=step, chosen=chosen)
+
+
 def begin(plan: Plan) -> Result:
     """An empty result: the machine, the code, what serves what, and the ceilings, measured now."""
     place = torch.empty(0, device=plan.device, dtype=DTYPES[plan.device])
@@ -88,7 +113,7 @@ def begin(plan: Plan) -> Result:
             quick=plan.quick,
             small=plan.small,
             backends=served,
-            peers={package: version(package) or "not installed" for package in PACKAGES},
+            peers={package: version(package) or "not installed" for package in (*PACKAGES, "transformers")},
             ceilings=None if limits is None else limits._asdict(),
         )
     )

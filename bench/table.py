@@ -24,13 +24,13 @@ def render(result: Result, cases: Sequence[Case]) -> Group:
     table.add_column("p20 to p80", justify="right")
     table.add_column("goal", justify="right")
     table.add_column("")
-    for point in dict.fromkeys(row.point for row in result.rows):
+    for point in dict.fromkeys(row.point for row in result.rows if row.op != "e2e"):
         rows = [row for row in result.rows if row.point == point]
         title = _title(rows[0], titles.get(rows[0].case))
         for cells in _lines(rows, METHODS[result.header["kind"]][0], gpu):
             table.add_row(title, *cells)
             title = ""
-    parts: list[Table | Text] = [Text(heading(result.header)), table]
+    parts: list[Table | Text] = [Text(heading(result.header)), *([table] if table.row_count else [])]
     parts += [
         Text(f"{row.case}: {row.provider}: check failed: {row.failure}", style="bold red") for row in result.failed
     ]
@@ -39,11 +39,29 @@ def render(result: Result, cases: Sequence[Case]) -> Group:
     return Group(*parts)
 
 
+def of_models(rows: Sequence[Row]) -> Group:
+    """Whole models, a line an image and batch: speed, then memory and training. On a CPU they are small, for a test."""
+    from bench.e2e.summary import HEADINGS
+    from bench.e2e.summary import table as lines
+
+    _, found = lines(rows)
+    point, speed = HEADINGS[:3], HEADINGS[3:12]
+    tables = []
+    for title, names in (("Whole models with random weights", speed), ("Memory and training", HEADINGS[12:])):
+        table = Table(title=title, title_justify="left", box=SIMPLE)
+        for name in (*point, *names):
+            table.add_column(name, no_wrap=name == "model", justify="right" if name in speed else "left")
+        for cells in found:
+            table.add_row(*(cell for name, cell in zip(HEADINGS, cells, strict=True) if name in (*point, *names)))
+        tables.append(table)
+    return Group(*tables)
+
+
 def heading(header: Mapping[str, object]) -> str:
     """The machine and the versions, in a few lines."""
     backends = header["backends"]
     assert isinstance(backends, dict)
-    served = ", ".join(f"{op}: {name}" for op, name in backends.items())
+    served = "; an automatic choice takes " + ", ".join(f"{op}: {name}" for op, name in backends.items())
     lines = [f"{header['device']}, {header['threads']} threads, kernels for {header['isa'] or 'none'}"]
     if header["kind"] == "cuda":
         ceilings = header["ceilings"]
@@ -52,7 +70,7 @@ def heading(header: Mapping[str, object]) -> str:
         if ceilings:
             copy, product = ceilings["bytes_per_second"] / 1e12, ceilings["flops_per_second"] / 1e12
             lines.append(f"measured here: copy {copy:.2f} TB/s, product {product:.0f} TFLOP/s")
-    lines.append(f"torch {header['torch']}; an automatic choice takes {served}")
+    lines.append(f"torch {header['torch']}{served if backends else ''}")
     if header["dirty"]:
         lines.append("with uncommitted changes: these numbers belong to no commit")
     if header["small"]:
