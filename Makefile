@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.h csrc/*/*)
 CXX_FILES := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES) $(wildcard tests/emulator/*))
 
-.PHONY: demo test lint format kernels bench gpu-check clean
+.PHONY: demo test lint format kernels bench bench-check bench-readme gpu-check clean
 
 demo: $(VENV)/installed
 	$(BIN)/flashsloth demo
@@ -33,6 +33,14 @@ kernels: $(VENV)/installed
 
 bench: $(VENV)/installed
 	$(BIN)/python -m bench run
+
+# Against the stored result of this device, where there is one. The tolerance is for machines that are shared.
+bench-check: $(VENV)/installed
+	$(BIN)/python -m bench check --quick --if-any --tolerance 20%
+
+# Measures this device anew and rewrites the tables that quote it.
+bench-readme: bench
+	$(BIN)/python -m bench report --readme > /dev/null
 
 # On a GPU: builds with CUDA, tests, compares, checks memory, times; under eight minutes, one JSON.
 gpu-check: $(VENV)/installed
