@@ -226,7 +226,9 @@ def memory_ratios(groups: Sequence[tuple[str, int, Sequence[int]]], about: str) 
 
 def memory_bars(groups: Sequence[tuple[str, Sequence[tuple[Row, int]]]], about: str) -> Markup:
     """Bars of bytes under one scale, ours and the others'."""
-    scale = linear_scale(max(count for _, entries in groups for _, count in entries), formats.amount)
+    most = max(count for _, entries in groups for _, count in entries)
+    unit, sign = formats.byte_unit(most)
+    scale = linear_scale(most, lambda count: f"{count / unit:g} {sign}" if count else "0", unit)
     rows = []
     for title, entries in groups:
         rows.append(ChartRow(title))

@@ -79,10 +79,14 @@ def three_digits(value: float) -> str:
 
 def amount(count: float) -> str:
     """Bytes: ``12.3 MiB``."""
-    for unit, scale in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= scale:
-            return f"{three_digits(count / scale)} {unit}"
-    return f"{count:.0f} B"
+    scale, unit = byte_unit(count)
+    return f"{three_digits(count / scale)} {unit}" if scale > 1 else f"{count:.0f} B"
+
+
+def byte_unit(count: float) -> tuple[float, str]:
+    """The largest unit that is no larger, and its sign."""
+    units = ((2.0**30, "GiB"), (2.0**20, "MiB"), (2.0**10, "KiB"), (1.0, "B"))
+    return next((unit for unit in units if count >= unit[0]), units[-1])
 
 
 def rate(per_second: float, unit: str) -> str:

@@ -56,9 +56,10 @@ def log_scale(values: Sequence[float], name: Callable[[float], str], baseline: f
     return Scale(low, high, True, tuple(ticks), name, baseline)
 
 
-def linear_scale(high: float, name: Callable[[float], str], ticks: int = 4) -> Scale:
-    """From zero to at least ``high``, with about ``ticks`` round steps."""
-    step = _round_up(max(high, 1e-300) / ticks)
+def linear_scale(high: float, name: Callable[[float], str], unit: float = 1.0, ticks: int = 4) -> Scale:
+    """From zero to at least ``high``, with about ``ticks`` steps that are round in ``unit``."""
+    high = high or unit
+    step = unit * _round_up(high / unit / ticks)
     places = tuple(step * i for i in range(math.ceil(high / step * 0.999) + 1))
     return Scale(0.0, max(high, places[-1]), False, places, name)
 

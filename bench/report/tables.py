@@ -160,7 +160,7 @@ def goal_words(one: JudgedGoal, absolute: bool) -> tuple[str, str]:
         return f"≤ {formats.tick_seconds(goal.limit)}", shown
     if goal.kind == "share":
         return f"≥ {formats.percent(goal.limit)} of the limit", "" if value is None else formats.percent(value)
-    return f"keeps ≤ {_part(goal.limit)} of the plain tensor", "" if value is None else _part(value)
+    return f"keeps ≤ {_part(goal.limit)} of the tensor it is compared with", "" if value is None else _part(value)
 
 
 def _part(value: float) -> str:

@@ -442,6 +442,28 @@ def test_one_point_of_a_curve(factory: Factory) -> None:
     assert "pool by images" in page.render([content])
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_any_part_of_a_result_has_a_page(factory: Factory, seed: int) -> None:
+    source, kind = random.Random(seed), ("cuda", "cpu")[seed % 2]
+    for i in range(2):
+        result = factory.result(kind, date=f"2026-11-2{i}T10:00:00Z", commit=f"{i}" * 40)
+        result.rows = [row for row in result.rows if source.random() < (0.03, 0.3, 0.9)[seed % 3]] or result.rows[:1]
+        for row in result.rows:
+            found = source.random()
+            if found < 0.15:
+                row.failure = "y: error 1, allowed 0"
+            elif found < 0.3:
+                row.missing, row.p20, row.p50, row.p80, row.ratios, row.share = "absent", None, None, None, {}, None
+            elif found < 0.4:
+                row.peak_bytes, row.flops, row.share = 0, 0.0, 1.4
+        optional = {"clocks", "clocks_after", "ceilings", "peers", "backends", "load", "dirty", "device"}
+        result.header = {k: v for k, v in result.header.items() if k not in optional or source.random() < 0.6}
+        factory.store(result)
+    contents = factory.content()
+    Elements(page.render(contents))
+    assert markdown.render(contents).count("\n## ") == 1
+
+
 def test_foreign_and_older_files_are_named_and_hide_nothing(factory: Factory) -> None:
     stored = factory.store(factory.result("cuda"))
     folder = stored.path(factory.folder).parent
