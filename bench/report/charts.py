@@ -14,6 +14,7 @@ from bench.report.plots import (
     OURS,
     Scale,
     bar,
+    chip,
     linear_scale,
     log_scale,
     mark,
@@ -82,6 +83,11 @@ def chart(head: tuple[str, str], scale: Scale, rows: Sequence[ChartRow], about: 
 def key(*entries: tuple[str, str, bool]) -> Markup:
     """Marks and what they stand for: look, name, hollow."""
     return tag("p", *(tag("span", swatch(look, hollow=hollow), name) for look, name, hollow in entries), class_="key")
+
+
+def bar_key(*entries: tuple[str, str]) -> Markup:
+    """Parts of bars and what they stand for: look, name."""
+    return tag("p", *(tag("span", chip(look), name) for look, name in entries), class_="key")
 
 
 def _value(first: str, *rest: object) -> Markup:

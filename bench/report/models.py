@@ -12,7 +12,7 @@ from bench.report.plots import MARKS, OURS, Line, Panel
 from bench.report.sections import numbers, table
 from bench.timing import Quantiles
 
-LOOKS = ("0", OURS, "3")  # of vision, compression and prefill: compression is what this project is about
+LOOKS = ("0", "4", "3")  # of vision, compression and prefill
 
 
 def whole_models(content: Content) -> Markup | None:
@@ -56,7 +56,7 @@ def _first_token(content: Content) -> Markup | None:
     if not parts:
         return None
     about = f"Time to first token in {unit_name}"
-    legend = charts.key(*((look, part, False) for look, part in zip(LOOKS, e2e.PARTS, strict=True)))
+    legend = charts.bar_key(*zip(LOOKS, e2e.PARTS, strict=True))
     return joined(tag("h4", about), legend, *parts)
 
 

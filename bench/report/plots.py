@@ -184,6 +184,12 @@ def swatch(look: str, *, hollow: bool = False) -> Markup:
     return tag("svg", use, class_="swatch", width=12, height=12, aria_hidden="true")
 
 
+def chip(look: str) -> Markup:
+    """The part of a bar in a legend."""
+    part = tag("rect", width=12, height=12, class_=f"bar {_colour(look)}")
+    return tag("svg", part, class_="swatch", width=12, height=12, aria_hidden="true")
+
+
 # ---- panels ----
 
 
