@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from textwrap import fill
 
 from bench.report import formats
 from bench.report.collect import Collection, Device, full
@@ -52,35 +53,42 @@ def block(device: Device, cases: Cases) -> str:
     dtypes = formats.listed(sorted({point.dtype for point in shown}))
     place = device.name if device.absolute else f"{device.name}, {head.get('threads')} threads"
     sentence = (
-        f"Times of peers over ours on {place}: {dtypes}, torch {head.get('torch')}, commit {formats.commit(head)} "
-        f"of {formats.day(head)}, medians. "
-        "`python -m bench report --readme` writes this table."
+        f"What peers take over what ours takes, on {place}: {dtypes}, torch {head.get('torch')}, commit "
+        f"{formats.commit(head)} of {formats.day(head)}, medians. `python -m bench report --readme` writes this table."
     )
-    rows = [(point.heading, *_cells(point)) for point in _notable(shown)]
-    columns = ("case", "times as fast as", *(("time",) if device.absolute else ()))
+    rows = [row for point in _notable(shown) for row in _rows(point)]
+    columns = ("case", "peers over ours", *(("our time",) if device.absolute else ()))
     right = frozenset({2}) if device.absolute else frozenset()
-    return f"\n{sentence}\n\n{table(Table(columns, [row[: len(columns)] for row in rows], right))}\n"
+    return f"\n{fill(sentence, 120)}\n\n{table(Table(columns, [row[: len(columns)] for row in rows], right))}\n"
 
 
 def _notable(found: list[Point]) -> list[Point]:
     """The points that have a goal; of a case without any, its first."""
-    with_goal = {point.title for point in found if _has_goal(point)}
-    seen: set[str] = set()
-    kept = []
-    for point in found:
-        first = point.title not in seen
-        seen.add(point.title)
-        if _has_goal(point) or (first and point.title not in with_goal):
-            kept.append(point)
-    return kept
+    with_goal = {point.case for point in found if _has_goal(point)}
+    first = {point.case: point for point in reversed(found)}
+    return [
+        point for point in found if _has_goal(point) or (point.case not in with_goal and point is first[point.case])
+    ]
 
 
 def _has_goal(point: Point) -> bool:
     return any(row.goals for row in (*point.backends, *point.failed))
 
 
-def _cells(point: Point) -> tuple[str, str]:
+def _rows(point: Point) -> list[tuple[str, str, str]]:
+    """Time against every peer; where goals speak of them, bytes kept for backward, and what an extra output costs."""
     if point.ours is None:
-        return "check failed, no speedup", ""
-    parts = [f"{against.peer.provider} {formats.ratio(against.ratio.p50)}" for against in point.against]
-    return ", ".join(parts) or "no peer to compare with", formats.seconds(point.ours.p50 or 0.0)
+        return [(point.heading, "check failed, no speedup", "")]
+    peers = [f"{against.peer.provider} {formats.ratio(against.ratio.p50)}" for against in point.against]
+    rows = [(point.heading, "; ".join(peers) or "no peer to compare with", formats.seconds(point.ours.p50 or 0.0))]
+    kept = point.ours.kept_bytes
+    for goal in point.ours.goals:
+        if goal.kind == "kept" and kept:
+            others = [(against.peer.provider, against.peer.kept_bytes) for against in point.against]
+            bytes_ = [f"{name} {formats.ratio(count / kept)}" for name, count in others if count is not None]
+            rows.append((f"{point.heading}, bytes kept for backward", "; ".join(bytes_), ""))
+        elif goal.kind == "overhead" and goal.measured:
+            rows.append(
+                (f"{point.heading}, our time over {formats.listed(goal.peers)}", formats.precise(goal.measured), "")
+            )
+    return rows

@@ -522,7 +522,7 @@ def test_readme_table(factory: Factory, tmp_path: Path) -> None:
     assert "old" not in text
     assert "AMD EPYC, 2 threads" in text
     assert "aaaaaaa" in text
-    assert re.search(r"\| pool, one image +\| plain &lt;PyTorch> 2\.\d., official-style loop [56]\.\d. +\|", text)
+    assert re.search(r"\| pool, one image +\| plain &lt;PyTorch> 2\.\d.; official-style loop [56]\.\d. +\|", text)
     run(*options)
     assert path.read_text() == text
     with pytest.raises(ResultError, match="expected --device with one of nvidia-h200, amd-epyc"):
