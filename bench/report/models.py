@@ -37,7 +37,13 @@ def whole_models(content: Content) -> Markup | None:
 
 
 def claims(content: Content) -> Markup | None:
-    return table(content.claims) if content.claims else None
+    if not content.claims:
+        return None
+    about = (
+        "What the paper (arXiv 2412.04317) says FlashSloth saves against other small models, beside what is counted "
+        "from their configurations or measured in this run."
+    )
+    return joined(tag("p", about, class_="lead"), table(content.claims))
 
 
 def _first_token(content: Content) -> Markup | None:

@@ -46,6 +46,8 @@ class Point:
         backends: all of ours that passed, fastest first; the reference is not among them.
         against: the peers that passed.
         failed: rows of this point that failed: ours of this variant, and peers.
+        measure: whether this use of ours only serves to measure another one by, as goals say (without the extra
+            output whose cost is asked for); then it is no finding of its own.
     """
 
     case: str
@@ -63,6 +65,7 @@ class Point:
     backends: tuple[Row, ...]
     against: tuple[Against, ...]
     failed: tuple[Row, ...]
+    measure: bool
 
     @property
     def fastest(self) -> Against | None:
@@ -170,5 +173,6 @@ def _point(group: Sequence[Row], variant: str, sizes: Sequence[Mapping[str, int]
         ours=best,
         backends=tuple(right),
         against=tuple(against),
+        measure=bool(variant) and any(variant in goal.peers for row in group for goal in row.goals),
         failed=tuple(row for row in (*mine, *peers.values()) if row.failure is not None),
     )

@@ -85,11 +85,16 @@ def first_method(found: Sequence[Point]) -> list[Point]:
     return [point for point in found if not names or point.method == names[0]]
 
 
+def findings(found: Sequence[Point]) -> list[Point]:
+    """What the first screen counts: each point once, and none that only serves to measure another."""
+    return [point for point in first_method(found) if not point.measure]
+
+
 def opponents(found: Sequence[Point]) -> list[Opponent]:
     """Every use of an op against every peer; uses in the order of the file."""
     held: dict[tuple[str, str], dict[str, list[tuple[Point, Against]]]] = {}
     failed: Counter[tuple[str, str, str]] = Counter()
-    for point in first_method(found):
+    for point in findings(found):
         peers = held.setdefault((point.op, point.variant), {})
         for against in point.against:
             peers.setdefault(against.peer.provider, []).append((point, against))
@@ -106,7 +111,7 @@ def opponents(found: Sequence[Point]) -> list[Opponent]:
 
 def headline(device: Device, found: Sequence[Point]) -> tuple[str, str]:
     """The finding in a sentence, and what it is over."""
-    beside = [(point, point.fastest) for point in first_method(found)]
+    beside = [(point, point.fastest) for point in findings(found)]
     ratios = [fastest.ratio.p50 for _, fastest in beside if fastest is not None]
     if not ratios:
         return f"No speedup to show on {device.name}", _why_none(device)

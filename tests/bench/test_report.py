@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from bench.report import add_arguments, command, e2e, formats, markdown, page, readme, tables
+from bench.report import add_arguments, command, e2e, formats, markdown, page, readme, summary, tables
 from bench.report.collect import collect
 from bench.report.content import Content, gather
 from bench.report.curves import curves
@@ -278,6 +278,19 @@ def test_fastest_backend_against_every_peer(factory: Factory) -> None:
     assert [against.peer.provider for against in first.against] == [PLAIN, LOOP]
     assert first.fastest is not None
     assert first.fastest.ratio.p50 == pytest.approx(2.0, rel=0.05)
+
+
+def test_what_only_serves_to_measure_is_no_finding(factory: Factory) -> None:
+    result = factory.result("cuda")
+    bare = [replace(row, provider=f"{row.provider}, bare", variant="bare", goals=[]) for row in result.rows if row.ours]
+    result.rows += [row for row in bare if row.case == "spatial_pool/forward-b1"]
+    uses = {point.variant for one in summary.opponents(points(result, Cases(CASES))) for point, _ in one.found}
+    assert uses == {"", "bare"}
+    result.rows[1].goals.append(GoalResult("overhead", 1.1, ["bare"], 1.05, True))
+    found = points(result, Cases(CASES))
+    uses = {point.variant for one in summary.opponents(found) for point, _ in one.found}
+    assert uses == {""}
+    assert {point.title for point in found} >= {"pool, one image, bare"}  # it is still in the numbers
 
 
 def failing(result: Result, *providers: str) -> Result:
