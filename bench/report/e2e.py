@@ -125,7 +125,7 @@ def models(found: Sequence[Setting], device: Device) -> Table:
         "image, batch",
         "model",
         "visual tokens",
-        "TFLOPs of prefill",
+        "prefill",
         "first token",
         "decode",
         "answers",
@@ -140,14 +140,14 @@ def models(found: Sequence[Setting], device: Device) -> Table:
                     setting.title,
                     run.model,
                     "" if tokens is None else str(tokens),
-                    "" if prefill is None else formats.three_digits(prefill.flops / 1e12),
+                    "" if prefill is None else formats.metric(prefill.flops, "FLOP"),
                     time(setting, device, run, lambda one: one.first_token),
                     speed(setting, device, run, lambda one: one.tokens_per_second, "tokens/s"),
                     speed(setting, device, run, lambda one: one.requests_per_second, "/s"),
                     "" if peak is None or peak.peak_bytes is None else formats.amount(peak.peak_bytes),
                 )
             )
-    return Table(columns, rows, frozenset(range(2, len(columns))))
+    return Table(columns, rows, frozenset(range(2, len(columns)))).without_empty()
 
 
 def training(found: Sequence[Setting], device: Device) -> Table:
@@ -167,7 +167,7 @@ def training(found: Sequence[Setting], device: Device) -> Table:
                 cells.append("" if peak is None else formats.amount(peak))
             if any(cells):
                 rows.append((setting.title, run.model, *cells))
-    return Table(tuple(columns), rows, frozenset(range(2, len(columns))))
+    return Table(tuple(columns), rows, frozenset(range(2, len(columns)))).without_empty()
 
 
 def _stage(stage: str, run: Run) -> float | None:

@@ -91,10 +91,15 @@ def byte_unit(count: float) -> tuple[float, str]:
 
 def rate(per_second: float, unit: str) -> str:
     """``4.1 TB/s``, ``780 TFLOP/s``."""
+    return f"{metric(per_second, unit)}/s"
+
+
+def metric(value: float, unit: str) -> str:
+    """``1.23 TFLOP``."""
     for prefix, scale in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6)):
-        if per_second >= scale:
-            return f"{three_digits(per_second / scale)} {prefix}{unit}/s"
-    return f"{three_digits(per_second)} {unit}/s"
+        if value >= scale:
+            return f"{three_digits(value / scale)} {prefix}{unit}"
+    return f"{three_digits(value)} {unit}"
 
 
 def percent(share: float) -> str:

@@ -26,11 +26,17 @@ class Table:
     columns: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
     right: frozenset[int] = frozenset()
-    caption: str = ""
     tones: dict[str, str] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return bool(self.rows)
+
+    def without_empty(self) -> Table:
+        """Without the columns that have nothing in any row."""
+        kept = [i for i in range(len(self.columns)) if any(row[i] for row in self.rows)]
+        rows = [tuple(row[i] for i in kept) for row in self.rows]
+        right = frozenset(place for place, i in enumerate(kept) if i in self.right)
+        return Table(tuple(self.columns[i] for i in kept), rows, right, self.tones)
 
     def tone(self, cell: str) -> str | None:
         """Of a cell that begins with one of the marked words."""
@@ -113,7 +119,8 @@ def memory(found: Sequence[Point]) -> Table:
         for row in memory_rows(point):
             key = (point.heading, row.provider)
             rows.setdefault(key, (point.heading, row.provider, _amount(row.peak_bytes), _amount(row.kept_bytes)))
-    return Table(("case", "provider", "peak above inputs", "kept for backward"), list(rows.values()), frozenset({2, 3}))
+    columns = ("case", "provider", "peak above inputs", "kept for backward")
+    return Table(columns, list(rows.values()), frozenset({2, 3})).without_empty()
 
 
 def memory_rows(point: Point) -> list[Row]:
