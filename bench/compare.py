@@ -113,9 +113,9 @@ def _point(case: Case, size: dict[str, int], device: str, provider: str) -> Poin
 
 
 def revisions(
-    a: Side, b: Side, points: Sequence[Point], *, budget: float, threads: int | None, root: Path, console: Console
+    a: Side, b: Side, points: Sequence[Point], command: Sequence[str], *, budget: float, root: Path, console: Console
 ) -> list[Line]:
-    """Build both sides and time them in turns.
+    """Build both sides and time them in turns, each by a worker that ``command`` starts.
 
     Raises:
         RevisionError: one cannot be checked out or built.
@@ -125,7 +125,6 @@ def revisions(
     def say(text: str) -> None:
         console.print(text, soft_wrap=True, markup=False, highlight=False)
 
-    command = [sys.executable, "-m", "bench.worker", *(["--threads", str(threads)] if threads else [])]
     with ExitStack() as stack:
         stack.enter_context(_ended_in_order())
         folders, ops = {}, {}
@@ -217,9 +216,12 @@ def main(
         a, b = (_built_from(one, root) for one in (a, b))
         if not points:
             raise ValueError(f"--case: expected a pattern that matches a case of this device, got {options.case!r}")
-        budget = options.budget or DEFAULT_BUDGET
+        command = [sys.executable, "-m", "bench.worker", "--device", device]
+        if options.threads:
+            command += ["--threads", str(options.threads)]
         try:
-            lines = revisions(a, b, points, budget=budget, threads=options.threads, root=root, console=console)
+            budget = options.budget or DEFAULT_BUDGET
+            lines = revisions(a, b, points, command, budget=budget, root=root, console=console)
         except WorkerError as error:
             console.print(Text(str(error), style="bold red"), soft_wrap=True)
             return 1

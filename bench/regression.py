@@ -31,7 +31,7 @@ from rich.text import Text
 from bench import suite
 from bench.case import Case
 from bench.result import RESULTS, Result, Row, load, make_header, stored
-from bench.slowdown import Key, View, label, matches, percent, slowdown, span, times
+from bench.slowdown import WHOLE_MODELS, Key, View, label, matches, percent, slowdown, span, times
 from bench.statistics import Array, Estimate
 
 FAMILY = 0.005  # probability of a false alarm of a whole check
@@ -85,11 +85,13 @@ def check(
     names: Sequence[str],
     *,
     tolerance: float,
+    partial: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> Report:
     """Measure the cases ``names`` and compare with the baseline; what looks slower, up to twice again.
 
-    ``say`` is told what is measured again and why.
+    ``partial``: sizes that are not measured at all are left out on purpose, and not missing. ``say`` is told what is
+    measured again, and what else has changed.
 
     Raises:
         ValueError: the baseline or a measurement is of another device or size than the other.
@@ -98,6 +100,9 @@ def check(
     views = [View(measure(names))]
     for line in differences(old, views[0]):
         say(line)
+    if partial:
+        measured = {row.point for row in views[0].result.rows}
+        old = View(replace(baseline, rows=[row for row in baseline.rows if row.point in measured]))
     findings = _without_times(old, views[0])
     settled = {finding.key for finding in findings}
     judged = [key for key in old.ours if key not in settled]
@@ -292,7 +297,8 @@ def main(
 ) -> int:
     """Exit code 0: no slower. 1: a regression, or a check of ours failed. 2: nothing to compare with.
 
-    ``slug``: of this device. ``names``: all cases that are declared; ``options.case``, if there is one, chooses.
+    ``slug``: of this device. ``names``: all cases that are declared; ``options.case``, if there is one, chooses;
+    ``options.quick``: ``measure`` leaves out sizes.
 
     Raises:
         ValueError: the pattern matches nothing, or the baseline cannot be used.
@@ -310,11 +316,13 @@ def main(
         console.print(str(error), soft_wrap=True, markup=False, highlight=False)
         return 0
     console.print(f"baseline {path}, commit {baseline.header['commit'][:12]}", soft_wrap=True, markup=False)
-    kept = replace(baseline, rows=[row for row in baseline.rows if matches(row.case, pattern)])
+    asked = [row for row in baseline.rows if matches(row.case, pattern) and row.op != WHOLE_MODELS]
+    kept = replace(baseline, rows=asked)  # whole models take minutes each: two results of them can be compared
 
     def tell(line: str) -> None:
         console.print(line, soft_wrap=True, markup=False, highlight=False)
 
-    report = check(kept, measure, chosen, tolerance=options.tolerance, say=tell)
+    partial = getattr(options, "quick", False)
+    report = check(kept, measure, chosen, tolerance=options.tolerance, partial=partial, say=tell)
     console.print(render(report), highlight=False)
     return report.exit_code

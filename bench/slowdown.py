@@ -22,6 +22,8 @@ from bench.statistics import FEWEST, Array, Estimate, centre, combined, known
 
 Key = tuple[str, ...]  # as Row.key: case, size, dtype, mode, provider, method
 
+WHOLE_MODELS = "e2e"  # Row.op of bench.e2e
+
 # What a run as a whole is off by beside the noise in it, as the standard deviation of a logarithm: an allowance. Ratios
 # of 13 runs on two busy cores, one thread, scattered by no more than their samples explain (docs/bench.md).
 RUN_TO_RUN = 0.01
@@ -37,7 +39,9 @@ class View:
         self.ours = [row.key for row in result.rows if self.compared(row) and row.passed and row.samples]
 
     def compared(self, row: Row) -> bool:
-        """Ours, timed as it is compared; the speed of the reference promises nothing."""
+        """Ours, timed as it is compared. The reference promises no speed; whole models are small on a CPU."""
+        if row.op == WHOLE_MODELS:
+            return row.ours and self.kind == "cuda"
         return row.ours and row.method == METHODS[self.kind][0] and not row.provider.startswith(f"{OURS}/reference")
 
     def peers(self, key: Key) -> dict[str, Row]:

@@ -1,6 +1,6 @@
 """A process that times the ops it finds on its path, and the line protocol by which it is told what to do.
 
-``python -m bench.worker`` reads one JSON object a line from standard input and answers with one a line:
+``python -m bench.worker --device cpu`` reads one JSON object a line from standard input and answers with one a line:
 
     (start)                                               {"ops": folder of flashsloth_ops, "device": "cpu" or "cuda"}
     {"do": "prepare", "case", "size", "provider"}         {"missing", "failure": text or null, "seconds": of one call}
@@ -30,19 +30,12 @@ WARM_UP = 0.3  # seconds, at most; two calls at least
 
 
 class Timed:
-    """What a worker holds: the call that is timed now.
+    """What a worker holds: the call that is timed now, on a kind of device."""
 
-    Attributes:
-        device: "cuda" where torch sees a GPU, "cpu" otherwise.
-    """
-
-    def __init__(self) -> None:
-        import torch
-
+    def __init__(self, device: str) -> None:
         from bench.gpu.timing import Timer
-        from bench.runner import CPU
 
-        self.device = "cuda" if torch.cuda.is_available() else CPU.device
+        self.device = device
         self.timer = Timer() if self.device == "cuda" else None
         self.sample: Callable[[int], float] | None = None
 
@@ -109,6 +102,7 @@ def _warm(sample: Callable[[int], float]) -> float:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.worker", description=__doc__)
+    parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
     parser.add_argument("--threads", type=int, help="threads inside an op; default: as torch is set")
     options = parser.parse_args(arguments)
     # A copy of standard output for answers alone, taken before anything is imported that might print.
@@ -125,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         answers.write(json.dumps(what) + "\n")
         answers.flush()
 
-    timed = Timed()
+    timed = Timed(options.device)
     gc.disable()  # a collection would be billed to the call it interrupts
     say({"ops": str(Path(flashsloth_ops.__file__ or "").resolve().parent), "device": timed.device})
     for line in sys.stdin:

@@ -333,6 +333,11 @@ def test_what_is_missing_or_new_is_said() -> None:
     assert "5 compared, 0 slower by more than 5 %; 2 missing; 1 new" in text
 
 
+def test_sizes_left_out_on_purpose_are_not_missing() -> None:
+    report = check(baseline(), Machine(6, NAMES), NAMES[:3], tolerance=0.05, partial=True)
+    assert [finding.verdict for finding in report.findings] == ["no slower"] * 3
+
+
 def test_without_peers_a_cpu_time_is_not_judged() -> None:
     def alone(result: Result) -> None:
         result.rows = [row for row in result.rows if row.ours]
@@ -357,6 +362,8 @@ def test_another_torch_is_said() -> None:
 def store(folder: Path, date: str, **values: Any) -> Path:
     complete = values.pop("complete", True)
     result = baseline()
+    model = row_of("e2e/small", "FlashSloth", ours=True, samples=[1.0, 1.0, 1.0])
+    result.rows.append(replace(model, op="e2e"))
     result.header.update(date=date, **values)
     result.complete = complete
     path = result.path(folder)
@@ -384,7 +391,7 @@ def run(tmp_path: Path, machine: Machine, *arguments: str, case: str | None = No
     parser = argparse.ArgumentParser()
     regression.add_arguments(parser)
     options = parser.parse_args(arguments)
-    options.case = case
+    options.case, options.quick = case, False
     console = Console(file=io.StringIO(), width=200)
     code = main(options, slug="a-cpu", names=NAMES, measure=machine, console=console, folder=tmp_path)
     assert isinstance(console.file, io.StringIO)
@@ -401,6 +408,7 @@ def test_the_command(tmp_path: Path) -> None:
     path = store(tmp_path, "2026-01-01T00:00:00Z")
     code, text = run(tmp_path, Machine(10, NAMES))
     assert code == 0
+    assert "missing" not in text
     assert path.name in text
     machine = Machine(11, NAMES)
     machine.slower = {"pool/case-3": (0.25,)}
