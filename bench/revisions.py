@@ -12,6 +12,7 @@ import hashlib
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -110,14 +111,27 @@ def build(tree: Path, name: str) -> None:
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     try:
-        done = subprocess.run(
-            command, cwd=tree, env=environment, capture_output=True, text=True, timeout=BUILD_SECONDS, errors="replace"
-        )
+        # In a session of its own, so that an interrupt ends all compilers and not only the first process.
+        with subprocess.Popen(
+            command,
+            cwd=tree,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        ) as process:
+            try:
+                said, _ = process.communicate(timeout=BUILD_SECONDS)
+            except BaseException:
+                os.killpg(process.pid, signal.SIGKILL)
+                raise
     except (OSError, subprocess.TimeoutExpired) as error:
         raise RevisionError(f"{name}: build: {error}") from error
-    if done.returncode:
-        said = "\n  ".join((done.stdout + done.stderr).strip().splitlines()[-15:])
-        raise RevisionError(f"{name}: expected a build with exit code 0, got {done.returncode}:\n  {said}")
+    if process.returncode:
+        end = "\n  ".join(said.strip().splitlines()[-15:])
+        raise RevisionError(f"{name}: expected a build with exit code 0, got {process.returncode}:\n  {end}")
 
 
 def cache_folder() -> Path:
