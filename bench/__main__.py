@@ -17,7 +17,8 @@ from bench import compare, regression, report, runner, suite
 from bench.case import DTYPES, Case, why_missing
 from bench.cases import CASES
 from bench.gpu import check
-from bench.result import RESULTS, load, make_header
+from bench.report.e2e import compared_claims
+from bench.result import RESULTS, load, make_header, version
 from bench.table import of_models, render
 from bench.timing import fixed_threads
 from flashsloth_ops import backend
@@ -100,8 +101,13 @@ def check_gpu(options: argparse.Namespace) -> int:
 
 
 def reported(options: argparse.Namespace, cases: Sequence[Case]) -> int:
-    """Markdown, a page, the table of the README: from what is stored."""
-    return report.main(options, cases)
+    """Markdown, a page, the table of the README: from what is stored. The paper's claims need the models counted."""
+    if version("transformers") is None:
+        return report.main(options, cases)
+    from bench.e2e import claims, counted
+
+    counts = counted.count()
+    return report.main(options, cases, lambda rows: compared_claims(claims.table(claims.findings(rows, counts))))
 
 
 class Bar(Progress):
