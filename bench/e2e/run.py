@@ -34,6 +34,7 @@ from bench.e2e.phases import (
 )
 from bench.e2e.points import Point, attentions, points
 from bench.result import Row
+from bench.timing import Ceilings, fixed_threads
 
 # Shares of a point's budget: the first token, the answer, and each training stage.
 FORWARD_SHARE, ANSWER_SHARE, TRAINING_SHARE = 0.3, 0.4, 0.15
@@ -48,6 +49,7 @@ def run(
     done: Set[tuple[str, ...]] = frozenset(),
     step: Callable[[str], None] = lambda _: None,
     chosen: Callable[[str, str], bool] = lambda case, provider: True,
+    limits: Ceilings | None = None,
 ) -> Iterator[list[Row]]:
     """The rows of one point at a time, a row a phase, so that the caller can store them after each.
 
@@ -57,6 +59,7 @@ def run(
         done: keys of rows that are there; points of which all are there are left out.
         step: is told what happens, for a progress display.
         chosen: by case and provider, whether a point is wanted.
+        limits: of the device, measured in the same run; without them rows have no share of a limit.
     """
     left = [p for p in points(device, quick=quick, small=small) if chosen(p.case, p.model.name)]
     left = [p for p in left if not {row.key for row in p.rows(device)} <= done]
@@ -67,7 +70,12 @@ def run(
         bench = _Bench(model, left[0].small, device, quick)
         while left and left[0].model is model:
             share = max(0.0, budget - (time.perf_counter() - begin)) / len(left)
-            yield bench.measure(left.pop(0), share, step)
+            with fixed_threads(1 if device == "cpu" else None):  # small models have nothing to share out
+                rows = bench.measure(left.pop(0), share, step)
+            for row in rows:
+                if limits is not None and row.p50 is not None:
+                    row.share = limits.limit(row.flops, row.bytes) / row.p50
+            yield rows
         del bench
         _release(device)
 

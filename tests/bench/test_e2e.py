@@ -25,9 +25,10 @@ from bench.e2e.models import (
 )
 from bench.e2e.points import Point
 from bench.result import Row
-from bench.timing import fixed_threads
+from bench.timing import Ceilings, fixed_threads
 from flashsloth.modules import EmbeddedQuery, SpatialAttentionPool
 from tests.bench.small_models import NEW, Built, every_model
+from tests.support import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -245,9 +246,13 @@ def test_a_run_and_going_on_with_it() -> None:
     }
     assert any("inference" in text for text in told)
 
+    assert all(row.share is None for row in every)
+
     done = {row.key for rows in found[:3] for row in rows}
-    again = list(run.run("cpu", quick=True, budget=0.0, done=done, chosen=wanted))
+    limits = Ceilings(1e9, 1e12)
+    again = list(run.run("cpu", quick=True, budget=0.0, done=done, chosen=wanted, limits=limits))
     assert [(rows[0].provider, rows[0].case) for rows in again] == [(AVERAGE.name, "e2e/147x98-b1")]
+    assert all(row.share == limits.limit(row.flops, row.bytes) / row.p50 for row in again[0] if row.p50)
 
 
 def test_every_full_point_is_declared() -> None:
@@ -371,6 +376,14 @@ def test_counted_claims() -> None:
     assert "uncompressed -89%" in first.found
     assert first.verdict == "does not hold against Qwen2-VL-2B, InternVL2-2B, InternVL2.5-1B"
     assert [line.found for line in lines if line.quantity == "time to the answer"] == ["not measured at full size"]
+    text = (ROOT / "docs" / "bench-e2e.md").read_text()
+    for name in ("FlashSloth", "FlashSloth-HD", *claims.PEERS):
+        cells = [
+            f"{one.visual_tokens} tokens, {one.flops['first token'] / 1e12:.1f} TFLOP"
+            for one in counted
+            if one.model.name == name
+        ]
+        assert f"| {name} | {' | '.join(cells)} |" in text
     headings, body = counted_table()
     assert len(body) == len(counted)
     assert all(len(line) == len(headings) for line in body)
