@@ -59,8 +59,7 @@ def run(options: argparse.Namespace, console: Console, cases: Sequence[Case]) ->
         path, result = suite.unfinished(plan, options.out) if options.resume else (None, suite.begin(plan))
         path = path or result.path(options.out)
         tell = bar.telling(len(plan.points))
-        done = {row.key for row in result.rows}
-        more = () if models is None else models(done, lambda what: tell(what, len(plan.points)))
+        more = () if models is None else models(result, lambda what: tell(what, len(plan.points)))
         suite.go(plan, result, path, more=more, tell=tell)
     console.print(render(result, cases))
     if models is not None:

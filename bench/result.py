@@ -55,7 +55,8 @@ class Row:
     Attributes:
         case, op, size, mode: as declared; ``mode`` of an end-to-end case is the phase.
         dtype: "float32", "bfloat16", ...
-        provider: its name. ``ours``: whether it is one of our backends, ``variant``: which use of the op.
+        provider: its name. ``ours``: whether it is one of our backends, ``variant``: which use of the op; of a whole
+            model, which attention it ran with.
         method: "wall" (CPU, interleaved), "graph" (replays of a CUDA graph, cold L2) or "call" (a call from the host
             to its end, launch latency included).
         flops, bytes: what any implementation must do.
@@ -65,7 +66,8 @@ class Row:
         p20, p50, p80: of the times. ``samples``: the times, round by round; values at one place of two rows of a run
             were measured right after each other.
         share: of the limit that the device's ceilings set, measured in the same run.
-        peak_bytes: most memory above what was in use before the call (allocator on a GPU, resident set on a CPU).
+        peak_bytes: most memory above what was in use before the call (allocator on a GPU, resident set on a CPU); of
+            end-to-end rows with the weights.
         kept_bytes: what autograd keeps between forward and backward, without the inputs.
         ratios: for ours, quantiles of a peer's time over ours, pair by pair.
         goals: those this row is the best of ours for.

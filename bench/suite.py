@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -80,8 +80,8 @@ def plan(
 
 def end_to_end(
     device: str, pattern: str | None, *, quick: bool, small: bool, budget: float | None, providers: Sequence[str] = ()
-) -> Callable[[Set[tuple[str, ...]], Callable[[str], None]], Iterator[list[Row]]] | None:
-    """What measures whole models (:mod:`bench.e2e`), given the keys of rows that are there; None where none is wanted.
+) -> Callable[[Result, Callable[[str], None]], Iterator[list[Row]]] | None:
+    """What measures of whole models (:mod:`bench.e2e`) what a result lacks; None where they are not wanted.
 
     Without a pattern they are part of a full run only. Raises ValueError where they are asked for and cannot run.
     """
