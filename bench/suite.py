@@ -99,7 +99,21 @@ def end_to_end(
         return named and (not providers or any(wanted in provider for wanted in providers))
 
     seconds = budget or (20.0 if device == "cpu" or quick else 900.0)
-    return lambda done, step: run(device, quick=quick, small=small, budget=seconds, done=done, step=step, chosen=chosen)
+
+    def measure(result: Result, step: Callable[[str], None]) -> Iterator[list[Row]]:
+        limits = result.header["ceilings"]
+        return run(
+            device,
+            quick=quick,
+            small=small,
+            budget=seconds,
+            done={row.key for row in result.rows},
+            step=step,
+            chosen=chosen,
+            limits=timing.Ceilings(**limits) if limits else None,
+        )
+
+    return measure
 
 
 def begin(plan: Plan) -> Result:
