@@ -22,10 +22,13 @@ from bench.result import ROOT, Result, load
 from bench.timing import fixed_threads
 from tests.bench.toys import NAME, right, toy, wrong
 
+TOY = ("run", "--device", "cpu", "--case", "toy", "--budget", "0.1s")
+
 SLOW_SUITE = """
 import time
 from dataclasses import replace
 from bench.__main__ import main
+from tests.bench.test_command import TOY
 from tests.bench.toys import right, toy
 
 def slowly(given):
@@ -33,7 +36,7 @@ def slowly(given):
     return right(given)
 
 cases = [replace(toy(right if n == 0 else slowly), name=f"toy/{n}") for n in range(10)]
-raise SystemExit(main(["run", "--device", "cpu", "--case", "toy", "--small", "--budget", "1s", "--out", r"%s", *%r], cases=cases))
+raise SystemExit(main([*TOY, "--small", "--out", r"%s", *%r], cases=cases))
 """
 
 
@@ -67,9 +70,7 @@ def test_run_of_all_cases_small(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_planted_wrong_result_shows_no_speedup_and_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code = main(
-        ["run", "--device", "cpu", "--case", "toy", "--budget", "0.1s", "--out", str(tmp_path)], cases=[toy(wrong)]
-    )
+    code = main([*TOY, "--out", str(tmp_path)], cases=[toy(wrong)])
     shown = capsys.readouterr().out
     assert code == 1
     assert "check failed: y: error" in shown
@@ -79,12 +80,7 @@ def test_planted_wrong_result_shows_no_speedup_and_fails(tmp_path: Path, capsys:
 
 
 def test_missed_goal_is_shown_and_does_not_fail(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert (
-        main(
-            ["run", "--device", "cpu", "--case", "toy", "--budget", "0.1s", "--out", str(tmp_path)], cases=[toy(right)]
-        )
-        == 0
-    )
+    assert main([*TOY, "--out", str(tmp_path)], cases=[toy(right)]) == 0
     shown = capsys.readouterr().out
     assert "1 of 2 goals reached" in shown
     (line,) = [line for line in shown.splitlines() if "slow" in line]
@@ -119,7 +115,7 @@ def test_interrupted_run_keeps_what_was_measured(tmp_path: Path) -> None:
 
     cases = [toy(right), toy(interrupted, name="toy/interrupted")]
     with pytest.raises(KeyboardInterrupt):
-        main(["run", "--device", "cpu", "--case", "toy", "--budget", "0.1s", "--out", str(tmp_path)], cases=cases)
+        main([*TOY, "--out", str(tmp_path)], cases=cases)
     result = stored(tmp_path)
     assert {row.case for row in result.rows} == {"toy/double"}
     assert not result.complete
