@@ -11,16 +11,16 @@ import pytest
 import torch
 
 from bench import case as declared
-from bench.case import DTYPES, OUR_BACKENDS, Case, Goal, Inputs, Outputs, Provider, Work, callable_of
+from bench.case import DTYPES, OUR_BACKENDS, OURS, Case, Goal, Inputs, Outputs, Provider, Work, callable_of
 from bench.cases import CASES
 from bench.cases import spatial_pool as pool
 from bench.check import run_checks, verdict
 from bench.memory import kept_bytes, peak_bytes
 from bench.result import Row
-from bench.runner import CPU, METHODS, Place, _compare, best_of, faster_in_cuda, matching, run_point
+from bench.runner import CPU, METHODS, Place, _compare, _rows, _time, best_of, faster_in_cuda, matching, run_point
 from bench.timing import Ceilings, fixed_threads
 from tests.bench.toys import FAST, NAME, raises, right, toy, wrong
-from tests.support import needs_extension
+from tests.support import GPU_MARKS, needs_extension
 
 
 @pytest.fixture(autouse=True)
@@ -311,3 +311,51 @@ def test_peak_is_what_a_call_holds_at_once() -> None:
     assert found == pytest.approx(128 << 20, rel=0.1)
     again = peak_bytes(call, "cpu")
     assert again == pytest.approx(found, rel=0.1)  # freed memory was given back
+
+
+# ---- times of a GPU ----
+
+
+class FakeTimer:
+    """Answers as the timer of a GPU does: "sum" cannot be captured, and what it was given is kept."""
+
+    def __init__(self) -> None:
+        self.given: dict[str, int] = {}
+
+    def graphs(self, calls: Any, rounds: int, budget: float) -> Any:
+        self.given = {name: len({id(one) for one in sets}) for name, sets in calls.items()}
+        for sets in calls.values():
+            assert all(one() for one in sets)
+        return {name: [2e-6] * 3 for name in calls if name != "sum"}, {"sum": "not captured: it synchronises"}
+
+    def calls(self, calls: Any, rounds: int, budget: float) -> Any:
+        return {name: [9e-6] * 3 for name in calls}
+
+
+def test_a_gpu_has_two_times_and_rotated_inputs() -> None:
+    case = toy(right, devices=("cuda",))
+    timer = FakeTimer()
+    place = Place("cuda", torch.float32, Ceilings(4e6, 1e12), timer)  # type: ignore[arg-type]
+    inputs = case.inputs(case.sizes[0])
+    rows = _rows(case, case.sizes[0], place, run_checks(case, inputs, "cpu", torch.float32, case.sizes[0]))
+    _time(case, case.sizes[0], place, FAST, case.providers, inputs, rows)
+    found = {(row.provider, row.method): row for row in rows}
+    assert timer.given == {NAME: 3, "sum": 3, "slow": 3}
+    assert (found[NAME, "graph"].p50, found[NAME, "call"].p50) == (2e-6, 9e-6)
+    assert found[NAME, "graph"].share == pytest.approx(0.5)  # four bytes at 4 MB/s are a microsecond
+    assert found["sum", "graph"].missing == "not captured: it synchronises"
+    assert found["sum", "call"].p50 == 9e-6
+
+
+@pytest.mark.parametrize("name", [pytest.param(case.name, marks=GPU_MARKS) for case in CASES])
+def test_every_case_is_timed_on_a_gpu(name: str) -> None:
+    from bench.gpu.timing import Timer
+
+    case = next(case for case in CASES if case.name == name)
+    rows = run_point(case, case.small, Place("cuda", DTYPES["cuda"], None, Timer(copies=2)), FAST)
+    assert [(row.provider, row.failure) for row in rows if row.failure] == []
+    timed = {(row.provider, row.method) for row in rows if row.samples}
+    for method in METHODS["cuda"]:
+        assert ("flashsloth/triton", method) in timed
+        assert any(provider.startswith(f"{OURS}/") is False for provider, _ in timed), timed
+    assert all(row.peak_bytes is not None for row in rows if row.samples)
