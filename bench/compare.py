@@ -27,7 +27,7 @@ from bench.interleaved import Point, Worker, WorkerError, interleaved
 from bench.result import ROOT, Result, Row, load
 from bench.revisions import HERE, Revision, checked_out, of_result, resolve, workplace
 from bench.runner import FLOPS_AT_MOST, METHODS
-from bench.slowdown import Key, Line, View, label, matches, same_device, slowdown, span
+from bench.slowdown import Key, Line, View, label, matches, same_device, short_sizes, slowdown, span
 from bench.statistics import Estimate
 
 DEFAULT_BUDGET = 120.0  # seconds of rounds in all, when revisions are timed
@@ -164,10 +164,13 @@ def render(lines: Sequence[Line], title: str) -> Group:
     table.add_column("B / A", justify="right")
     table.add_column("95 % interval", justify="right")
     table.add_column("")
+    sizes = short_sizes(line.key for line in lines)
     for line in lines:
         if line.ratio is not None:
-            case, size, _, mode, provider, _ = line.key
-            table.add_row(case, size, mode, provider, f"{line.ratio.ratio:.3f}", span(line.ratio), tendency(line.ratio))
+            case, _, _, mode, provider, _ = line.key
+            table.add_row(
+                case, sizes[line.key], mode, provider, f"{line.ratio.ratio:.3f}", span(line.ratio), tendency(line.ratio)
+            )
     notes = [Text(f"{label(line.key)}: {line.note}", style="yellow") for line in lines if line.ratio is None]
     return Group(table, *notes)
 

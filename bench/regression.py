@@ -31,7 +31,7 @@ from rich.text import Text
 from bench import suite
 from bench.case import Case
 from bench.result import RESULTS, Result, Row, load, make_header, stored
-from bench.slowdown import WHOLE_MODELS, Key, View, label, matches, percent, slowdown, span, times
+from bench.slowdown import WHOLE_MODELS, Key, View, label, matches, percent, short_sizes, slowdown, span, times
 from bench.statistics import Array, Estimate
 
 FAMILY = 0.005  # probability of a false alarm of a whole check
@@ -217,11 +217,12 @@ def render(report: Report) -> Group:
         table.add_column(name, justify="right")
     table.add_column("")
     timed = [(finding.slowdown, finding) for finding in report.findings if finding.slowdown is not None]
+    sizes = short_sizes(finding.key for finding in report.findings)
     for slower, finding in sorted(timed, key=lambda pair: -pair[0].ratio):
-        case, size, _, _, provider, _ = finding.key
+        case, _, _, _, provider, _ = finding.key
         style = "bold red" if finding.verdict == "regression" else ""
         cells = (f"{slower.ratio:.3f}", span(slower), times(finding.measurements), Text(finding.verdict, style=style))
-        table.add_row(case, size, provider, *cells)
+        table.add_row(case, sizes[finding.key], provider, *cells)
     notes = [Text(line, style=style) for line, style in _notes(report)]
     return Group(table, *notes, Text(summary(report)))
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -114,6 +114,16 @@ def label(key: Key) -> str:
     """A key as a person reads it."""
     case, size, dtype, mode, provider, _ = key
     return f"{case} ({size}; {dtype}, {mode}), {provider}"
+
+
+def short_sizes(keys: Iterable[Key]) -> dict[Key, str]:
+    """The size of each, as far as others of its case have another one: what a table needs to tell them apart."""
+    listed = list(keys)
+    entries = {key: key[1].split() for key in listed}
+    common: dict[str, set[str]] = {}
+    for key in listed:
+        common[key[0]] = common.get(key[0], set(entries[key])) & set(entries[key])
+    return {key: " ".join(entry for entry in entries[key] if entry not in common[key[0]]) for key in listed}
 
 
 def span(ratio: Estimate) -> str:

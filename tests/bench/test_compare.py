@@ -11,6 +11,7 @@ import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from bench.compare import main, points_of, results
 from bench.interleaved import Limits, Point, Worker, WorkerError, interleaved
 from bench.result import ROOT, Result, save
 from bench.revisions import RevisionError, cache_folder, checked_out, of_result, resolve, workplace
-from bench.slowdown import Line
+from bench.slowdown import Line, short_sizes
 from tests.bench.test_regression import drift, noise, result_of, row_of
 from tests.support import needs_extension
 
@@ -78,6 +79,14 @@ def test_what_only_one_result_has_is_listed() -> None:
         ("pool/b", "only in B"),
     ]
     assert [line.failed for line in lines] == [True, False]
+
+
+def test_a_table_shows_the_part_of_a_size_that_differs() -> None:
+    rows = [replace(row_of(case, "flashsloth/cpu"), size={"batch": batch, "side": 27}) for case, batch in CURVE]
+    assert list(short_sizes(row.key for row in rows).values()) == ["batch=1", "batch=2", ""]
+
+
+CURVE = (("pool/a", 1), ("pool/a", 2), ("pool/b", 1))
 
 
 def test_results_of_different_devices_or_sizes_are_refused() -> None:
