@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bench.case import DTYPES, OUR_BACKENDS, Case
-from bench.interleaved import Point, Worker, WorkerError, interleaved
+from bench.interleaved import LAUNCHES, Point, Worker, WorkerError, interleaved
 from bench.result import ROOT, Result, Row, load
 from bench.revisions import HERE, Revision, checked_out, of_result, resolve, workplace
 from bench.runner import FLOPS_AT_MOST, METHODS
@@ -113,7 +113,15 @@ def _point(case: Case, size: dict[str, int], device: str, provider: str) -> Poin
 
 
 def revisions(
-    a: Side, b: Side, points: Sequence[Point], command: Sequence[str], *, budget: float, root: Path, console: Console
+    a: Side,
+    b: Side,
+    points: Sequence[Point],
+    command: Sequence[str],
+    *,
+    budget: float,
+    launches: int,
+    root: Path,
+    console: Console,
 ) -> list[Line]:
     """Build both sides and time them in turns, each by a worker that ``command`` starts.
 
@@ -139,7 +147,11 @@ def revisions(
                 yield worker
 
         with console.status("") as status:
-            return interleaved(points, start, budget=budget, step=lambda key: status.update(label(key)))
+
+            def step(key: Key) -> None:
+                status.update(label(key))
+
+            return interleaved(points, start, budget=budget, launches=launches, step=step)
 
 
 @contextmanager
@@ -196,6 +208,7 @@ def main(
     console: Console,
     root: Path = ROOT,
     device: str | None = None,
+    launches: int = LAUNCHES,
 ) -> int:
     """Exit code 0: compared. 1: a check of ours failed, or a worker died.
 
@@ -224,7 +237,7 @@ def main(
             command += ["--threads", str(options.threads)]
         try:
             budget = options.budget or DEFAULT_BUDGET
-            lines = revisions(a, b, points, command, budget=budget, root=root, console=console)
+            lines = revisions(a, b, points, command, budget=budget, launches=launches, root=root, console=console)
         except WorkerError as error:
             console.print(Text(str(error), style="bold red"), soft_wrap=True)
             return 1

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.slowdown import Key, Line
-from bench.statistics import paired
+from bench.statistics import Estimate, paired, repeated
 
 LAST_LINES = 12  # of a dead worker's standard error, quoted in the message
 
@@ -77,9 +77,10 @@ class Worker:
             raise WorkerError(f"{self.name}: start: expected the ops of {self.ops}, got those of {answer.get('ops')}")
         return answer
 
-    def prepare(self, case: str, size: dict[str, int], provider: str) -> dict[str, Any]:
-        """Make inputs, check the result, warm up. Raises WorkerError."""
-        return self._ask({"do": "prepare", "case": case, "size": size, "provider": provider}, self.limits.prepare)
+    def prepare(self, case: str, size: dict[str, int], provider: str, *, check: bool = True) -> dict[str, Any]:
+        """Make inputs, check the result where that is asked for, warm up. Raises WorkerError."""
+        request = {"do": "prepare", "case": case, "size": size, "provider": provider, "check": check}
+        return self._ask(request, self.limits.prepare)
 
     def round(self, repeats: int) -> float:
         """Seconds of one call, the mean of ``repeats``. Raises WorkerError."""
@@ -144,8 +145,9 @@ class Worker:
         return "; its last lines:\n  " + "\n  ".join(lines) if lines else "; it said nothing"
 
 
+LAUNCHES = 6  # pairs of workers, one after the other
 SHORTEST = 2e-3  # seconds of a sample; a faster call is repeated, as often in A as in B
-FEWEST_ROUNDS, MOST_ROUNDS = 8, 200
+FEWEST_ROUNDS, MOST_ROUNDS = 5, 60  # of a point in a launch
 PAUSE = 2e-3  # seconds, so that threads of one side that wait for more work are asleep when the other is timed
 
 
@@ -161,9 +163,12 @@ def interleaved(
     start: Callable[[str], AbstractContextManager[Worker]],
     *,
     budget: float,
+    launches: int = LAUNCHES,
     step: Callable[[Key], None] = lambda key: None,
 ) -> list[Line]:
-    """B over A for each point. A worker that dies or hangs costs the point it was at; new ones go on with the next.
+    """B over A for each point, over several launches of two workers each; see :func:`bench.statistics.repeated`.
+
+    A worker that dies or hangs costs the point it was at; new ones go on with the next.
 
     Args:
         start: gives a new worker for "A" and for "B", and ends it.
@@ -173,25 +178,33 @@ def interleaved(
     Raises:
         WorkerError: a worker does not even start.
     """
-    lines: list[Line] = []
-    while len(lines) < len(points):
-        with ExitStack() as running:
-            pair = [running.enter_context(start(side)) for side in "AB"]
-            for worker in pair:
-                worker.started()
-            for point in points[len(lines) :]:
-                step(point.key)
-                try:
-                    lines.append(_line(point, pair, budget / len(points)))
-                except WorkerError as error:
-                    lines.append(Line(point.key, None, str(error), failed=True))
-                    break
-    return lines
+    settled: dict[Key, Line] = {}
+    found: dict[Key, list[Estimate]] = {point.key: [] for point in points}
+    for launch in range(launches):
+        waiting = [point for point in points if point.key not in settled]
+        while waiting:
+            with ExitStack() as running:
+                pair = [running.enter_context(start(side)) for side in "AB"]
+                for worker in pair:
+                    worker.started()
+                while waiting:
+                    point = waiting.pop(0)
+                    step(point.key)
+                    try:
+                        one = _measured(point, pair, launch, budget / len(points) / launches)
+                    except WorkerError as error:
+                        settled[point.key] = Line(point.key, None, str(error), failed=True)
+                        break
+                    if isinstance(one, Line):
+                        settled[point.key] = one
+                    else:
+                        found[point.key].append(one)
+    return [settled.get(point.key) or Line(point.key, repeated(found[point.key])) for point in points]
 
 
-def _line(point: Point, pair: Sequence[Worker], budget: float) -> Line:
-    case, provider = point.key[0], point.key[4]
-    states = [worker.prepare(case, point.size, provider) for worker in pair]
+def _measured(point: Point, pair: Sequence[Worker], launch: int, budget: float) -> Estimate | Line:
+    """B over A in this launch, or why there will be none. Results are checked in the first launch."""
+    states = [worker.prepare(point.key[0], point.size, point.key[4], check=launch == 0) for worker in pair]
     for what in ("failure", "missing"):
         found = {side: state[what] for side, state in zip("AB", states, strict=True) if state.get(what)}
         if found:
@@ -205,7 +218,7 @@ def _line(point: Point, pair: Sequence[Worker], budget: float) -> Line:
     for done in range(MOST_ROUNDS):
         if done >= FEWEST_ROUNDS and time.monotonic() > end:
             break
-        for side in (0, 1) if done % 2 == 0 else (1, 0):
+        for side in (0, 1) if (done + launch) % 2 == 0 else (1, 0):
             times[side].append(pair[side].round(repeats))
             time.sleep(PAUSE)
-    return Line(point.key, paired(times[1], times[0]))
+    return paired(times[1], times[0])

@@ -2,9 +2,9 @@
 
 ``python -m bench.worker --device cpu`` reads one JSON object a line from standard input and answers with one a line:
 
-    (start)                                               {"ops": folder of flashsloth_ops, "device": "cpu" or "cuda"}
-    {"do": "prepare", "case", "size", "provider"}         {"missing", "failure": text or null, "seconds": of one call}
-    {"do": "round", "repeats": 3}                         {"seconds": of one call, the mean}
+    (start)                                                 {"ops": folder of flashsloth_ops, "device": "cpu" or "cuda"}
+    {"do": "prepare", "case", "size", "provider", "check"}  {"missing", "failure": text or null, "seconds": of one call}
+    {"do": "round", "repeats": 3}                           {"seconds": of one call, the mean}
 
 A request that goes wrong is answered with {"error": text}. The end of its input ends the worker. Whatever torch or the
 ops print goes to standard error, so that it cannot be taken for an answer.
@@ -42,12 +42,12 @@ class Timed:
     def answer(self, request: Mapping[str, Any]) -> Answer:
         """Raises ValueError for a request that is not of the protocol, and whatever the ops raise."""
         if request.get("do") == "prepare":
-            return self.prepare(request["case"], request["size"], request["provider"])
+            return self.prepare(request["case"], request["size"], request["provider"], request["check"])
         if request.get("do") == "round" and self.sample is not None:
             return {"seconds": self.sample(request["repeats"])}
         raise ValueError(f"request: expected to prepare, then rounds, got {request}")
 
-    def prepare(self, name: str, size: Mapping[str, int], provider: str) -> Answer:
+    def prepare(self, name: str, size: Mapping[str, int], provider: str, check: bool) -> Answer:
         """Check the result of a provider, warm it up, and hold its call for the rounds to come."""
         from bench.case import DTYPES, callable_of, moved
         from bench.cases import CASES
@@ -60,12 +60,13 @@ class Timed:
             return {"missing": "it is not declared", "failure": None}
         case, dtype = case.only(lambda one: one.name == provider), DTYPES[self.device]
         inputs = moved(case.inputs(size), self.device, dtype)
-        verdict = run_checks(case, inputs, self.device, dtype, size)[provider]
-        if verdict.missing is None and verdict.failure is None:
-            call = callable_of(case, case.provider(provider), inputs)
-            self.sample = _wall(call) if self.timer is None else _graph(self.timer, call)
-            return {"missing": None, "failure": None, "seconds": _warm(self.sample)}
-        return {"missing": verdict.missing, "failure": verdict.failure}
+        if check:
+            verdict = run_checks(case, inputs, self.device, dtype, size)[provider]
+            if verdict.missing is not None or verdict.failure is not None:
+                return {"missing": verdict.missing, "failure": verdict.failure}
+        call = callable_of(case, case.provider(provider), inputs)
+        self.sample = _wall(call) if self.timer is None else _graph(self.timer, call)
+        return {"missing": None, "failure": None, "seconds": _warm(self.sample)}
 
 
 def _wall(call: Callable[[], object]) -> Callable[[int], float]:

@@ -103,7 +103,7 @@ def run(root: Path, a: object, b: object, **options: Any) -> tuple[int, str]:
     for name, usual in (("case", None), ("budget", 0.5), ("threads", 1), ("small", True)):
         setattr(given, name, options.get(name, usual))
     console = Console(file=io.StringIO(), width=200)
-    code = main(given, cases=CASES, console=console, root=root, device="cpu")
+    code = main(given, cases=CASES, console=console, root=root, device="cpu", launches=1)
     assert isinstance(console.file, io.StringIO)
     return code, console.file.getvalue()
 
@@ -200,10 +200,12 @@ FINE = (0.004, "fine")
 
 def test_a_slower_revision_is_found(tmp_path: Path) -> None:
     workers = Workers(tmp_path, FINE, (0.008, "fine"))
-    (line,) = interleaved([point("pool/a")], workers, budget=0.3)
+    (line,) = interleaved([point("pool/a")], workers, budget=0.6, launches=3)
     assert line.ratio is not None
     low, high = line.ratio.interval()
     assert 1.4 < low < line.ratio.ratio < high < 2.6
+    assert float(line.ratio.freedom) == 2  # a launch is one sample
+    assert len(workers.started) == 6
     assert workers.all_gone()
 
 
@@ -225,12 +227,12 @@ def test_what_cannot_be_timed_has_a_reason(tmp_path: Path, mood: str, note: str,
 
 def test_a_worker_that_dies_is_quoted_and_the_others_cases_are_measured(tmp_path: Path) -> None:
     workers = Workers(tmp_path, FINE, (0.004, "dies at pool/b"))
-    lines = interleaved([point(f"pool/{name}") for name in "abc"], workers, budget=0.1)
+    lines = interleaved([point(f"pool/{name}") for name in "abc"], workers, budget=0.1, launches=2)
     assert [line.ratio is not None for line in lines] == [True, False, True]
     assert "B: round: the worker died, exit code 139; its last lines:" in lines[1].note
     assert "Fatal error: segmentation fault" in lines[1].note
     assert lines[1].failed
-    assert len(workers.started) == 4  # a fresh pair for what was left
+    assert len(workers.started) == 6  # a fresh pair for what was left of the first launch; the second goes without it
     assert workers.all_gone()
 
 

@@ -17,7 +17,7 @@ from bench import regression
 from bench.regression import FAMILY, MEASUREMENTS, SCREEN, NoBaseline, beyond, check, find_baseline, main, measurer
 from bench.result import Result, Row, save
 from bench.slowdown import RUN_TO_RUN, over, percent
-from bench.statistics import Array, Estimate, centre, paired, student, unpaired
+from bench.statistics import Array, Estimate, centre, paired, repeated, student, unpaired
 from tests.bench.toys import right, toy, wrong
 
 PEERS = ("eager", "loop", "compiled")
@@ -160,13 +160,36 @@ def test_planted_slowdowns_are_found(
     assert hits.mean() > found
 
 
-@pytest.mark.parametrize(("slower", "sd"), [(0.03, 0.01), (0.03, 0.02), (0.03, 0.03), (0.05, 0.05), (0.10, 0.05)])
-def test_two_revisions_in_turns_show_small_slowdowns(slower: float, sd: float) -> None:
-    rng = np.random.default_rng(6)
-    common = drift(rng, (400, 1, 100))
-    times = noise(rng, (400, 2, 100), sd=sd) + common
-    found = centre(times[:, 0] - times[:, 1] + np.log1p(slower))
+def in_turns(rng: np.random.Generator, *, sd: float, offset: float, slower: float) -> Estimate:
+    """400 comparisons of two revisions, each over six launches of 30 rounds."""
+    found = []
+    for _ in range(6):
+        times = noise(rng, (400, 2, 30), sd=sd) + offset * rng.standard_normal((400, 2, 1)) + drift(rng, (400, 1, 30))
+        found.append(centre(times[:, 1] - times[:, 0] + np.log1p(slower)))
+    return repeated(found)
+
+
+@pytest.mark.parametrize(("sd", "offset"), [(0.01, 0.0), (0.02, 0.01), (0.05, 0.0), (0.01, 0.02)])
+def test_equal_revisions_in_turns_look_equal(sd: float, offset: float) -> None:
+    found = in_turns(np.random.default_rng(7), sd=sd, offset=offset, slower=0.0)
+    inside = np.abs(found.log) < student(0.025, found.freedom) * np.sqrt(found.variance)
+    assert 0.92 < inside.mean() < 0.98
+
+
+@pytest.mark.parametrize(
+    ("slower", "sd", "offset"),
+    [(0.03, 0.01, 0.005), (0.03, 0.02, 0.005), (0.05, 0.02, 0.01), (0.10, 0.05, 0.02)],
+)
+def test_two_revisions_in_turns_show_small_slowdowns(slower: float, sd: float, offset: float) -> None:
+    found = in_turns(np.random.default_rng(6), sd=sd, offset=offset, slower=slower)
     assert (found.lower(0.025) > 0).mean() > 0.95
+
+
+def test_of_one_launch_its_own_samples_speak() -> None:
+    one = centre([0.1, 0.2, 0.3])
+    assert repeated([one]) is one
+    with pytest.raises(ValueError, match="expected at least one, got none"):
+        repeated([])
 
 
 # ---- the check ----
