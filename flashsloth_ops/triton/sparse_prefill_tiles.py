@@ -12,6 +12,8 @@ from flashsloth_ops.triton.sparse_prefill_call import Call, head_tiles
 
 Config = tuning.Config
 
+SMALL_SHARED = 104 * 1024  # bytes: a block has 99 KiB on GPUs of 8.6, 8.9 and 12.0, and 163 or more on the others
+
 
 def _config(block_m: int, block_n: int, num_warps: int, num_stages: int) -> Config:
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": num_stages}
@@ -54,7 +56,8 @@ def forward(call: Call) -> Config:
     if call.dtype == torch.float32:
         return _attention(32, 16 if second else 32, 4, 2) if width <= 128 else _attention(16, 16, 8, 2)
     if call.members <= 32:
-        return _attention(16 if call.members <= 16 else 32, 64, 4, 3)
+        keys, stages = (32, 2) if width > 128 and shared_bytes <= SMALL_SHARED else (64, 3)
+        return _attention(16 if call.members <= 16 else 32, keys, 4, stages)
     few = -(-call.members // 128) * call.lists < multiprocessors
     if few and width <= 128:
         return _attention(64, 64, 4, 3)
@@ -78,7 +81,7 @@ def _forward_by_warps(call: Call, shared_bytes: int) -> Config:
     """
     width = sum(head_tiles(call.dim))
     if width > 192:
-        return _attention(64, 64 if shared_bytes > 104 * 1024 else 32, 8, 2)  # with 32 keys warps repeat scores
+        return _attention(64, 64 if shared_bytes > SMALL_SHARED else 32, 8, 2)  # with 32 keys warps repeat scores
     if width > 128:
         return _attention(128, 32 if width <= 160 else 16, 8, 3)
     whole = call.keys.indices is None and call.dim == width  # neither gathered nor with columns masked
@@ -92,7 +95,7 @@ def dq(call: Call) -> Config:
     if width <= 96:
         return _config(64, 64, 4, 3)
     if width > 128:
-        return _config(64, 32, 8, 2)
+        return _config(64, 32, 8, 2 if gpu(call.device).shared_bytes > SMALL_SHARED else 1)
     return _config(128, 32, 8, 3) if gpu(call.device).capability < (9, 0) else _config(64, 64, 4, 2)
 
 
