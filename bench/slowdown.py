@@ -24,8 +24,8 @@ Key = tuple[str, ...]  # as Row.key: case, size, dtype, mode, provider, method
 
 WHOLE_MODELS = "e2e"  # Row.op of bench.e2e
 
-# What a run as a whole is off by beside the noise in it, as the standard deviation of a logarithm: an allowance. Ratios
-# of 13 runs on two busy cores, one thread, scattered by no more than their samples explain (docs/bench.md).
+# What a run as a whole is off by beside the noise in it, as the standard deviation of a logarithm. Two processes with
+# identical code differed by 1.4 % on two CPU cores (root mean square over seven cases): 1 % each. Assumed for GPUs too.
 RUN_TO_RUN = 0.01
 
 
