@@ -81,15 +81,8 @@ def _wall(call: Callable[[], object]) -> Callable[[int], float]:
 
 def _graph(timer: Timer, call: Callable[[], object]) -> Callable[[int], float]:
     """Replays of a graph of several calls with cold L2, which need no repeats."""
-    from bench.gpu.timing import _events
-
-    graph = timer._capture([call])
-
-    def sample(repeats: int) -> float:
-        empty = _events(timer.flushes.replay)
-        return max(_events(graph.replay) - empty, 1e-9) / timer.copies
-
-    return sample
+    sample = timer.sampler([call])
+    return lambda repeats: sample()
 
 
 def _warm(sample: Callable[[int], float]) -> float:

@@ -53,21 +53,34 @@ class Timer:
         self, calls: Mapping[str, Calls], rounds: int, budget: float = float("inf")
     ) -> tuple[dict[str, list[float]], dict[str, str]]:
         """Seconds of one call of each by replays, round by round; and why some could not be captured."""
-        graphs: dict[str, torch.cuda.CUDAGraph] = {}
+        samplers: dict[str, Callable[[], float]] = {}
         failures: dict[str, str] = {}
         for name, call in calls.items():
             try:
-                graphs[name] = self._capture(call)
+                samplers[name] = self.sampler(call)
             except RuntimeError as error:
                 torch.cuda.synchronize()
                 failures[name] = f"not captured: {_first_line(error)}"
-        times: dict[str, list[float]] = {name: [] for name in graphs}
+        times: dict[str, list[float]] = {name: [] for name in samplers}
         end = time.monotonic() + budget
-        for names in _turns(list(graphs), rounds, end):
-            empty = _events(self.flushes.replay)
+        for names in _turns(list(samplers), rounds, end):
             for name in names:
-                times[name].append(max(_events(graphs[name].replay) - empty, 1e-9) / self.copies)
+                times[name].append(samplers[name]())
         return times, failures
+
+    def sampler(self, calls: Calls) -> Callable[[], float]:
+        """Captures the calls; each call of what is returned gives the seconds of one by a replay.
+
+        Raises:
+            RuntimeError: they cannot be captured.
+        """
+        graph = self._capture(calls)
+
+        def sample() -> float:
+            empty = _events(self.flushes.replay)
+            return max(_events(graph.replay) - empty, 1e-9) / self.copies
+
+        return sample
 
     def calls(self, calls: Mapping[str, Calls], rounds: int, budget: float = float("inf")) -> dict[str, list[float]]:
         """Seconds of one plain call of each, launches included, round by round."""
