@@ -138,7 +138,7 @@ class Case:
         devices: kinds of device it is measured on.
         axis: the entry of a size along which a curve runs, empty where there is one size. Points of a curve that differ
             in another entry belong to other lines.
-        differentiable: inputs (names) whose gradients are taken.
+        differentiable: inputs (names) whose gradients are taken; ``params.up_weight`` is a field of a named tuple.
         compared: the part of the outputs that is defined, for the check; None for all of it.
         kept_unit: elements of the tensor that ``kept`` goals compare with, for a size.
     """
@@ -216,10 +216,20 @@ def forward(provider: Provider, inputs: Inputs) -> Callable[[], Outputs]:
     return call
 
 
+def with_leaves(inputs: Inputs, differentiable: tuple[str, ...]) -> tuple[Inputs, dict[str, Tensor]]:
+    """The inputs with fresh leaves for what is differentiable, and those leaves by name."""
+    inputs, leaves = dict(inputs), {}
+    for name in differentiable:
+        outer, _, field = name.partition(".")
+        value = getattr(inputs[outer], field) if field else inputs[outer]
+        leaves[name] = value.detach().clone().requires_grad_()
+        inputs[outer] = inputs[outer]._replace(**{field: leaves[name]}) if field else leaves[name]
+    return inputs, leaves
+
+
 def forward_backward(provider: Provider, inputs: Inputs, differentiable: tuple[str, ...]) -> Callable[[], Outputs]:
     """A call that returns the outputs and, as ``d<input>``, the gradients of a fixed random functional of them."""
-    leaves = {name: inputs[name].detach().clone().requires_grad_() for name in differentiable}
-    inputs = {**inputs, **leaves}
+    inputs, leaves = with_leaves(inputs, differentiable)
     cotangents: dict[str, Tensor] = {}
 
     def call() -> Outputs:

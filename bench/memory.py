@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench.case import Case, Inputs, Provider, prepared
+from bench.case import Case, Inputs, Provider, prepared, with_leaves
 
 
 def peak_bytes(call: Callable[[], object], device: str) -> int | None:
@@ -55,8 +55,8 @@ def _status(field: str) -> int:
 
 def kept_bytes(case: Case, provider: Provider, inputs: Inputs) -> int:
     """Bytes of the tensors autograd keeps between forward and backward, without the inputs. Storage counts once."""
-    leaves = {name: inputs[name].detach().clone().requires_grad_() for name in case.differentiable}
-    given = {t.untyped_storage().data_ptr() for t in (inputs | leaves).values() if isinstance(t, Tensor)}
+    inputs, _ = with_leaves(inputs, case.differentiable)
+    given = {t.untyped_storage().data_ptr() for value in inputs.values() for t in _tensors(value)}
     kept: list[Tensor] = []  # holds them, so that no address is used twice
 
     def pack(tensor: Tensor) -> Tensor:
@@ -64,7 +64,13 @@ def kept_bytes(case: Case, provider: Provider, inputs: Inputs) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        outputs = provider.run(prepared(provider, inputs | leaves))
+        outputs = provider.run(prepared(provider, inputs))
     sizes = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept}
     del outputs
     return sum(size for address, size in sizes.items() if address not in given)
+
+
+def _tensors(value: object) -> list[Tensor]:
+    if isinstance(value, tuple):
+        return [tensor for item in value for tensor in _tensors(item)]
+    return [value] if isinstance(value, Tensor) else []

@@ -59,6 +59,12 @@ def work(size: Size) -> Work:
     return Work(flops, tokens * wide + weights)
 
 
+def training_work(size: Size) -> Work:
+    """Two more products for each, one a factor."""
+    forward = work(size)
+    return Work(3 * forward.flops, 3 * forward.elements)
+
+
 def fused(given: Inputs) -> Outputs:
     out = embedded_query_attention(
         given["query"],
@@ -182,16 +188,13 @@ def _case(
     peers: tuple[Provider, ...],
     **rest: Any,
 ) -> Case:
-    rest = {"small": SMALL, **rest}
+    rest = {"small": SMALL, "mode": "forward", "providers": (*OURS, *peers), "work": work, **rest}
     return Case(
         name=f"embedded_query/{name}",
         op="embedded_query",
         title=title,
-        mode="forward",
         sizes=tuple(FULL | size for size in sizes),
         inputs=inputs,
-        work=work,
-        providers=(*OURS, *peers),
         exact=plain,
         plain=PLAIN,
         goals=goals,
@@ -202,6 +205,11 @@ def _case(
 def _size(images: int, questions: int, tokens: int) -> dict[str, int]:
     return {"images": images, "questions": questions, "tokens": tokens}
 
+
+# Every weight but the biases that move no softmax: their exact gradient is zero.
+LEARNT = tuple(
+    f"params.{name}" for name in EmbeddedQueryParams._fields if name not in ("ln_kv_bias", "i2q_k_bias", "t2q_k_bias")
+)
 
 PEERS = (Provider(PLAIN, plain), Provider(OFFICIAL, official), compiled(plain))
 CPU_GOALS = (Goal("cpu", "speedup", 1.7, (PLAIN,)), Goal("cpu", "speedup", 3.0, (PLAIN,), variant=REUSED))
@@ -227,6 +235,17 @@ CASES = (
         (Goal("cuda", "speedup", 1.7, (PLAIN, COMPILED)),),
         PEERS,
         devices=("cuda",),
+    ),
+    _case(
+        "training-b8",
+        "query module, 729 image tokens, 8 images, forward and backward",
+        (_size(8, 1, 729),),
+        (),
+        (),
+        mode="forward+backward",
+        work=training_work,
+        providers=(*ours(fused), *PEERS),
+        differentiable=("query", "text", "image", *LEARNT),
     ),
     _case(
         "four-questions",

@@ -52,6 +52,12 @@ def work(size: Size) -> Work:
     return Work(4.0 * batch * heads * pairs * dim, float(batch * heads * dim * (3 * kept + size["rows"])))
 
 
+def training_work(size: Size) -> Work:
+    """Backward takes the scores again and four more products, so five halves of forward; each gradient is written."""
+    forward = work(size)
+    return Work(3.5 * forward.flops, 3 * forward.elements)
+
+
 # ---- ours ----
 
 
@@ -159,6 +165,11 @@ def sampled_all(given: Inputs) -> Outputs:
     return sampled(given) | {"all": _rows_of(given, everything)[0]}
 
 
+def explicit(given: Inputs) -> Outputs:
+    """All rows, by explicit probabilities."""
+    return {"out": with_weights(given)["out"]}
+
+
 def _rows_of(given: Inputs, keys: Tensor) -> tuple[Tensor, Tensor]:
     """Rows that are checked over the keys at these positions, and the mean attention of the asking ones to each.
 
@@ -185,8 +196,8 @@ def compared(outputs: Outputs, given: Inputs) -> Outputs:
     where = spread(given["rows"][:, checked], given["q"])
     found = {}
     for name, value in outputs.items():
-        if name == "importance" or value.shape[2] == checked.shape[0]:
-            found[name] = value
+        if name not in ("out", "all", "kept") or value.shape[2] == checked.shape[0]:
+            found[name] = value  # importance, gradients, and what was computed for those rows only
         else:
             found[name] = value[:, :, checked] if name == "kept" else value.gather(2, where)
     return found
@@ -238,16 +249,15 @@ def _size(rows: int, share: int, **rest: int) -> dict[str, int]:
 
 
 def _case(name: str, title: str, sizes: tuple[dict[str, int], ...], goals: tuple[Goal, ...], **rest: Any) -> Case:
-    rest = {"small": SMALL, "exact": sampled, "providers": (*ours(fused), *PEERS), **rest}
+    defaults = {"small": SMALL, "exact": sampled, "providers": (*ours(fused), *PEERS), "mode": "forward", "work": work}
+    rest = {**defaults, **rest}
     rest["providers"] = (*rest["providers"], replace(CHECK, run=rest["exact"]))
     return Case(
         name=f"sparse_prefill/{name}",
         op="sparse_prefill",
         title=title,
-        mode="forward",
         sizes=sizes,
         inputs=inputs,
-        work=work,
         plain=SAMPLED,
         goals=goals,
         compared=compared,
@@ -302,6 +312,17 @@ CASES = (
         (_size(729, 1, batch=8, heads=16, head_dim=72, causal=0),),
         (Goal("cuda", "speedup", 1.1, BEST_SDPA),),
         small={**SMALL, "kept": 96, "head_dim": 72, "causal": 0},
+    ),
+    _case(
+        "training-2k",
+        "prefill of 2048 tokens, a quarter kept, forward and backward",
+        (_size(2048, 4),),
+        (),
+        mode="forward+backward",
+        work=training_work,
+        providers=(*ours(fused), Provider(GATHERED, gathered(sdpa)), Provider(WEIGHTS, explicit)),
+        exact=explicit,
+        differentiable=("q", "k", "v"),
     ),
     _case(
         "rows",
