@@ -49,9 +49,13 @@ class Provider:
 
 
 def ours(
-    run: Callable[[Inputs], Outputs], variant: str = "", prepare: Callable[[Inputs], Inputs] | None = None
+    run: Callable[[Inputs], Outputs],
+    variant: str = "",
+    prepare: Callable[[Inputs], Inputs] | None = None,
+    *,
+    reference: bool = True,
 ) -> tuple[Provider, ...]:
-    """Our op by each of its backends, and by the reference."""
+    """Our op by each of its backends, and by the reference, which is slow: a curve goes without."""
 
     def forced(name: str, device: str | None) -> Provider:
         def call(given: Inputs) -> Outputs:
@@ -69,7 +73,8 @@ def ours(
         label = f"{OURS}/{name}" + (f", {variant}" if variant else "")
         return Provider(label, call, before if prepare else None, True, variant, name, missing)
 
-    return tuple(forced(name, device) for name, device in {**OUR_BACKENDS, "reference": None}.items())
+    found = {**OUR_BACKENDS, "reference": None} if reference else OUR_BACKENDS
+    return tuple(forced(name, device) for name, device in found.items())
 
 
 def compiled(run: Callable[[Inputs], Outputs], name: str = "torch.compile") -> Provider:

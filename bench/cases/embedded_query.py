@@ -175,7 +175,6 @@ def _merge(x: Tensor) -> Tensor:
 
 
 FULL = {"queries": 9, "text_tokens": 32, "text_dim": 2560, "image_dim": 1152, "inner": 576, "heads": 32}
-OURS = (*ours(fused), *ours(fused, REUSED, with_state))
 SMALL = {"queries": 3, "text_tokens": 5, "text_dim": 48, "image_dim": 64, "inner": 32, "heads": 4}
 SMALL |= {"images": 2, "questions": 1, "tokens": 50}
 
@@ -188,7 +187,9 @@ def _case(
     peers: tuple[Provider, ...],
     **rest: Any,
 ) -> Case:
-    rest = {"small": SMALL, "mode": "forward", "providers": (*OURS, *peers), "work": work, **rest}
+    reference = "axis" not in rest
+    own = (*ours(fused, reference=reference), *ours(fused, REUSED, with_state, reference=reference))
+    rest = {"small": SMALL, "mode": "forward", "providers": (*own, *peers), "work": work, **rest}
     return Case(
         name=f"embedded_query/{name}",
         op="embedded_query",

@@ -112,7 +112,7 @@ def _case(name: str, title: str, mode: Mode, batches: tuple[int, ...], goals: tu
         small=SMALL,
         inputs=inputs,
         work=forward_work if mode == "forward" else training_work,
-        providers=(*ours(fused), *rest.pop("peers", PEERS)),
+        providers=(*ours(fused, reference="axis" not in rest), *rest.pop("peers", PEERS)),
         exact=tokens_windowed,
         plain=SCORES,
         goals=goals,
