@@ -39,9 +39,9 @@ bench: $(VENV)/installed
 bench-check: $(VENV)/installed
 	$(BIN)/python -m bench check --quick --threads 1 --if-any --tolerance 20%
 
-# Measures this device anew and rewrites the tables that quote it.
-bench-readme: bench
-	$(BIN)/python -m bench report --readme > /dev/null
+# The table of README.md from stored results, of one device where there are several: make bench-readme DEVICE=<folder>
+bench-readme: $(VENV)/installed
+	$(BIN)/python -m bench report --readme $(if $(DEVICE),--device $(DEVICE)) > /dev/null
 
 # On a GPU: builds with CUDA, tests, compares, checks memory, times; under eight minutes, one JSON.
 gpu-check: $(VENV)/installed
