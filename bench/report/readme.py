@@ -51,7 +51,8 @@ def block(device: Device, cases: Cases) -> str:
     head = device.header
     shown = first_method(points(device.current, cases))
     dtypes = formats.listed(sorted({point.dtype for point in shown}))
-    place = device.name if device.absolute else f"{device.name}, {head.get('threads')} threads"
+    isa = f" ({head['isa']})" if head.get("isa") else ""
+    place = device.name if device.absolute else f"{device.name}{isa}, {head.get('threads')} threads"
     sentence = (
         f"What peers take over what ours takes, on {place}: {dtypes}, torch {head.get('torch')}, commit "
         f"{formats.commit(head)} of {formats.day(head)}, medians. `python -m bench report --readme` writes this table."
@@ -63,11 +64,11 @@ def block(device: Device, cases: Cases) -> str:
 
 
 def _notable(found: list[Point]) -> list[Point]:
-    """The points that have a goal; of a case without any, its first."""
+    """The points that have a goal; of a case without any, its first. A curve without goals is one for the page."""
     with_goal = {point.case for point in found if _has_goal(point)}
-    first = {point.case: point for point in reversed(found)}
+    first = {point.case: point for point in reversed(found) if not point.axis}
     return [
-        point for point in found if _has_goal(point) or (point.case not in with_goal and point is first[point.case])
+        point for point in found if _has_goal(point) or (point.case not in with_goal and point is first.get(point.case))
     ]
 
 
