@@ -533,7 +533,7 @@ def test_readme_table(factory: Factory, tmp_path: Path) -> None:
     assert text.startswith(f"before\n{readme.BEGIN}\n")
     assert text.endswith(f"{readme.END}\nafter `x`\n")
     assert "old" not in text
-    assert "AMD EPYC, 2 threads" in text
+    assert "AMD EPYC (avx512), 2 threads" in text
     assert "aaaaaaa" in text
     assert re.search(r"\| pool, one image +\| plain &lt;PyTorch> 2\.\d.; official-style loop [56]\.\d. +\|", text)
     run(*options)
