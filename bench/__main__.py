@@ -157,7 +157,25 @@ def listing(cases: Sequence[Case], device: str) -> str:
                     f"    {'runs ' if reason is None else 'not  '} {provider.name}{(reason and f': {reason}') or ''}"
                 )
         blocks.append("\n".join(lines))
-    return "\n".join(blocks)
+    return "\n".join([*blocks, *models_listing(device)])
+
+
+def models_listing(device: str) -> list[str]:
+    """Whole models: which, at which images and batches; small ones on a CPU."""
+    if version("transformers") is None:
+        return ["e2e  (whole models)\n    not   any model: transformers is not installed"]
+    from bench.e2e.points import points
+
+    found = points(device, quick=False, small=False)
+    names, images, batches = (
+        dict.fromkeys(seen)
+        for seen in ([p.model.name for p in found], [f"{p.width}x{p.height}" for p in found], [p.batch for p in found])
+    )
+    lines = ["e2e  (whole models, cpu and cuda; in a full run, or with --case e2e)"]
+    lines.append(f"    size  images {', '.join(images)}; batches {', '.join(map(str, batches))}")
+    if device == "cpu":
+        lines.append("    small models and images: a test of the suite, whose times say nothing of full size")
+    return [*lines, *(f"    runs  {name}" for name in names)]
 
 
 def _parser() -> argparse.ArgumentParser:

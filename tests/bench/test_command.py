@@ -190,6 +190,7 @@ def test_list_names_every_case_its_providers_and_why_not(capsys: pytest.CaptureF
     assert "runs  masked SDPA on all tokens" in shown
     assert "not   flashsloth/triton: made for cuda tensors" in shown
     assert "not measured on cpu" in shown
+    assert "e2e  (whole models" in shown
 
 
 def test_quick_runs_take_sizes_with_a_goal() -> None:
