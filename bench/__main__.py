@@ -167,15 +167,14 @@ def models_listing(device: str) -> list[str]:
     from bench.e2e.points import points
 
     found = points(device, quick=False, small=False)
-    names, images, batches = (
-        dict.fromkeys(seen)
-        for seen in ([p.model.name for p in found], [f"{p.width}x{p.height}" for p in found], [p.batch for p in found])
-    )
+    images = dict.fromkeys(f"{point.width}x{point.height}" for point in found)
+    batches = dict.fromkeys(str(point.batch) for point in found)
     lines = ["e2e  (whole models, cpu and cuda; in a full run, or with --case e2e)"]
-    lines.append(f"    size  images {', '.join(images)}; batches {', '.join(map(str, batches))}")
+    lines.append(f"    size  images {', '.join(images)}; batches {', '.join(batches)}")
     if device == "cpu":
         lines.append("    small models and images: a test of the suite, whose times say nothing of full size")
-    return [*lines, *(f"    runs  {name}" for name in names)]
+    lines += dict.fromkeys(f"    runs  {point.model.name}" for point in found)
+    return ["\n".join(lines)]
 
 
 def _parser() -> argparse.ArgumentParser:
