@@ -1,0 +1,1 @@
+"""Data: sets that are generated here, and records of pictures and conversations."""
