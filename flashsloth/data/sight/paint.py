@@ -25,6 +25,7 @@ RGB: dict[str, Color] = {
 DARK, LIGHT = (26, 28, 34), (250, 250, 247)
 _PALE = ("orange", "yellow")  # legible on dark only; the others, gray apart, on light only
 _PHOTOGRAPH, _GRADIENT = 0.35, 0.2  # shares of the pictures
+_INKED = [min(255, round(1.3 * value)) for value in range(256)]  # few strokes reach full ink by themselves
 _FINE = 4  # masks are drawn this much larger and reduced: smooth edges
 
 
@@ -129,7 +130,7 @@ def _digit(image: Image.Image, thing: Thing, dice: Dice, sources: Sources) -> No
     x, y = round(thing.x), round(thing.y)
     _plate(image, (x - half, y - half, x + half - 1, y + half - 1), dice, _ground(thing.color, dice))
     side = round(2 * half * 0.84)
-    ink = Image.fromarray(sources.digits[thing.source]).resize((side, side), Image.Resampling.BICUBIC)
+    ink = Image.fromarray(sources.digits[thing.source]).point(_INKED).resize((side, side), Image.Resampling.BICUBIC)
     ink = ink.rotate(thing.turn, Image.Resampling.BILINEAR)
     image.paste(_shade(thing.color, dice), (x - side // 2, y - side // 2), ink)
 

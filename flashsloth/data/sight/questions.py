@@ -72,23 +72,28 @@ _RARE = {"0": 0.5, "1": 0.35, "2": 0.9, "3": 2.0, "4": 4.0, "5": 8.0, "6": 12.0}
 
 
 def describe(scene: Scene) -> Question:
-    """The scene in a few words, always in the same order: words from top to bottom, the rest from left to right."""
-    parts = []
+    """The scene in a few words: what is alone, and up to three shapes from left to right, by name; more by number."""
     words, digits, shapes = scene.of("word"), scene.of("digit"), scene.of("shape")
+    parts = []
     if scene.kind == "chart":
         parts.append("bars " + ", ".join(bar.color for bar in scene.things))
-    if words:
-        parts.append(("word " if len(words) == 1 else "words ") + ", ".join(t.name for t in words))
-    if digits:
-        names = [t.name for t in sorted(digits, key=lambda t: t.x)]
-        parts.append(("digit " if len(names) == 1 else "digits ") + ", ".join(names))
-    if shapes and len(shapes) <= 3:
-        parts.append(", ".join(f"{t.color} {t.name}" for t in sorted(shapes, key=lambda t: t.x)))
-    elif shapes:
-        parts.append(f"{len(shapes)} shapes")
-    if scene.of("small"):
-        parts.append("small print")
+    elif scene.kind == "mixed":
+        parts.append(f"a word, a digit, {_number(shapes, 'shape')}")
+    else:
+        for family, things in (("word", words), ("digit", digits)):
+            if things:
+                parts.append(f"{family} {things[0].name}" if len(things) == 1 else _number(things, family))
+        if len(shapes) > 3:
+            parts.append(_number(shapes, "shape"))
+        elif shapes:
+            parts.append(", ".join(f"{t.color} {t.name}" for t in sorted(shapes, key=lambda t: t.x)))
+        if scene.of("small"):
+            parts.append("small print")
     return Question("describe", "describe", DESCRIBE, "; ".join(parts))
+
+
+def _number(things: list[Thing], family: str) -> str:
+    return f"{len(things)} {family}{'' if len(things) == 1 else 's'}"
 
 
 def _named(scene: Scene) -> Iterator[tuple[str, Thing]]:

@@ -22,7 +22,7 @@ from flashsloth.data.sight.sources import Sources
 VERSION = 1  # of what is generated: goes up with every change to a picture or a question
 
 # A tower of half the side sees 108 pixels: patches of 6 give a grid of 18 x 18, which windows of 3 pool to 36 tokens,
-# patches of 12 a grid of 9 x 9 and 9 tokens. HD cuts the picture into four tiles of 108, so it sees every pixel there is.
+# patches of 12 a grid of 9 x 9 and 9 tokens. HD cuts the picture into four tiles of 108, so it sees every pixel.
 # 216 itself divides by 8, 12, 18, 24 and 27 for a tower that looks at the whole.
 SIZE = 216
 MIN_SIZE, MAX_SIZE = 144, 1024  # below, no face is legible as small print

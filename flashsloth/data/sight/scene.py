@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from flashsloth.data.sight.dice import Dice, split_of
-from flashsloth.data.sight.sources import FACES, Sources, font
+from flashsloth.data.sight.sources import FACES, SMALL_FACES, Sources, font
 from flashsloth.data.sight.words import draw_word, numbers_of
 
 COLORS = ("red", "blue", "green", "orange", "yellow", "gray")  # those of Sort-of-CLEVR
@@ -17,8 +17,8 @@ CLEAR = 0.10
 FROM_MIDDLE = 0.07
 MARGIN = 0.03
 
-# Small print has letters 9/216 of the side high: ascenders 7 pixels and an x-height of 5 in a picture of 216. Tiles in
-# HD keep every pixel; a tower that sees the picture at half its side is left with 2 or 3 pixels a letter.
+# Small print is set in 9/216 of the side: digits 7 pixels high, an x-height of 5 in a picture of 216. Tiles in HD keep
+# every pixel. A tower that sees the picture at half its side is left with 2 or 3 pixels for the height of an e.
 SMALL_PRINT = 9 / 216
 BAR_LEVELS = 10
 
@@ -204,7 +204,7 @@ def _mixed(dice: Dice, split: str, size: int, sources: Sources) -> Scene | None:
 def _label(dice: Dice, split: str, size: int, sources: Sources) -> Scene | None:
     """One to three shapes, and a white card with one line of small print: a word or a number."""
     text = draw_word(dice, split) if dice.coin() else dice.choice(numbers_of(split))
-    face, pixels = dice.choice(FACES), round(SMALL_PRINT * size)
+    face, pixels = dice.choice(SMALL_FACES), round(SMALL_PRINT * size)
     half = (font(face, pixels).getlength(text) / 2 + 0.03 * size, 0.75 * pixels + 0.01 * size)
     x = round(dice.between(half[0] + MARGIN * size, (1 - MARGIN) * size - half[0]))
     y = round(dice.between(half[1] + MARGIN * size, (1 - MARGIN) * size - half[1]))

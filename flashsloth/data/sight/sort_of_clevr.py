@@ -2,10 +2,10 @@
 (arXiv 1706.01427), section 3.2 and supplementary section D.
 
 Published: 10,000 pictures of 75 x 75 pixels, 200 of them withheld; six objects each, a square or a circle by chance,
-one of each colour (red, blue, green, orange, yellow, gray); 10 non-relational and 10 relational questions a picture. The
-former are on the shape, the horizontal and the vertical position of an object named by its colour; the latter on the
-shape of the closest object, the shape of the farthest and the number of objects of the same shape, itself included. The
-wording of questions is the paper's own.
+one of each colour (red, blue, green, orange, yellow, gray); 10 non-relational and 10 relational questions a picture.
+The former are on the shape, the horizontal and the vertical position of an object named by its colour; the latter on
+the shape of the closest object, the shape of the farthest and the number of objects of the same shape, itself included.
+The wording of questions is the paper's own.
 
 Not published, and chosen here: objects are 11 pixels wide and high on white and never overlap; the ten questions of a
 group are ten different ones of its eighteen; one with two right answers (two objects equally near and of different

@@ -25,6 +25,7 @@ PHOTOGRAPHS = {
 # and bold. They come with packages, so they are the same everywhere; fonts of the system would not be.
 PILLOW_FACE = "Aileron"
 FACES = (PILLOW_FACE, "DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSansMono")
+SMALL_FACES = ("DejaVuSans", "DejaVuSansMono")  # hinted well: each letter is told from the others at 9 pixels
 _LONGEST_SIDE = 640  # photographs are kept no larger: they are backgrounds
 
 
