@@ -25,7 +25,7 @@ def draw_preview(samples: Sequence[Sample]) -> Image.Image:
         resampling = Image.Resampling.LANCZOS if smooth else Image.Resampling.NEAREST
         sheet.paste(sample.image.resize((CELL, CELL), resampling), (x, y))
         draw.rectangle((x - 1, y - 1, x + CELL, y + CELL), outline=(222, 226, 233))
-        lines = [line for question in sample.questions for line in _lines(question.text, question.answer)]
+        lines = [line for question in sample.questions[:LINES] for line in _lines(question.text, question.answer)]
         for j, (text, color) in enumerate(lines[:LINES]):
             draw.text((x, y + CELL + 5 + j * LINE), text, fill=color, font=font(PILLOW_FACE, 13))
     return sheet

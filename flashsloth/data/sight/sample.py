@@ -78,7 +78,7 @@ class Sample:
             self.image.save(out, "PNG", compress_level=3)
         return out.getvalue()
 
-    @property
+    @cached_property
     def record(self) -> dict[str, Any]:
         """LLaVA's format, and ``kinds``: one a question."""
         turns = [(question.text, question.answer) for question in self.questions]

@@ -109,9 +109,10 @@ def _furthest(thing: Thing, scene: Scene) -> tuple[str, str]:
 
 
 def _extreme(thing: Thing, scene: Scene, pick: Callable[[Iterable[float]], float]) -> str:
-    squared = {other: (other.x - thing.x) ** 2 + (other.y - thing.y) ** 2 for other in scene.things if other != thing}
-    distance = pick(squared.values())
-    shapes = {other.name for other, d in squared.items() if d == distance}
+    others = [other for other in scene.things if other is not thing]
+    squared = [(other.x - thing.x) ** 2 + (other.y - thing.y) ** 2 for other in others]
+    distance = pick(squared)
+    shapes = {other.name for other, d in zip(others, squared, strict=True) if d == distance}
     return shapes.pop() if len(shapes) == 1 else ""
 
 
