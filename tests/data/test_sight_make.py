@@ -154,7 +154,7 @@ def test_a_full_disk_leaves_whole_splits(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_too_small_a_disk_is_told_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 10**6, 10**6))
-    with pytest.raises(OSError, match=r"--out: 23,000 pictures need about 21. MB, .*/new has 1"):
+    with pytest.raises(OSError, match=r"--out: 53,000 pictures need about 50. MB, .*/new has 1"):
         make_sight(tmp_path / "new")
     assert not (tmp_path / "new").exists()
 

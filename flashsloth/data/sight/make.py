@@ -32,7 +32,7 @@ from flashsloth.data.sight.sample import SIZE, VERSION, Settings, make_sample
 from flashsloth.data.sight.sources import Sources, load_sources
 from flashsloth.data.sight.write import write_split
 
-COUNTS = {"train": 20_000, "validation": 1_000, "test": 2_000}
+COUNTS = {"train": 50_000, "validation": 1_000, "test": 2_000}
 PREVIEWED = 30
 _BYTES = {False: 9_500, True: 6_000}  # a picture and its records on a disk of 4 KiB blocks; the latter Sort-of-CLEVR
 _MANIFEST, _PREVIEW, _SUMMARY = "manifest.json", "preview.png", "split.json"
@@ -53,7 +53,7 @@ def make_sight(
 
     Args:
         out: a folder that is empty, not there yet, or holds an unfinished run with the same arguments.
-        counts: pictures of each split; by default 20,000, 1,000 and 2,000, or the published 9,800 and 200.
+        counts: pictures of each split; by default 50,000, 1,000 and 2,000, or the published 9,800 and 200.
         shards: webdataset tar shards of 1,000 pictures instead of image files.
         jobs: processes. Neither their number nor an interruption changes a byte.
         report: called as pictures get ready.

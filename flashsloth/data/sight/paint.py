@@ -141,13 +141,27 @@ def _text(image: Image.Image, thing: Thing, dice: Dice, dark: bool, photograph: 
     wanted = _ground(thing.color, dice)
     if small or photograph or wanted != dark:
         _plate(image, box, dice, wanted)
-    face = font(thing.face, thing.source)
-    left, top, right, bottom = face.getbbox(thing.name)
-    mask = Image.new("L", (math.ceil(right - left) + 2, math.ceil(bottom - top) + 2))
-    ImageDraw.Draw(mask).text((1 - left, 1 - top), thing.name, fill=255, font=face)
-    if not small:
+    if small:
+        mask = _small_print(thing, dice)
+    else:
+        face = font(thing.face, thing.source)
+        left, top, right, bottom = face.getbbox(thing.name)
+        mask = Image.new("L", (math.ceil(right - left) + 2, math.ceil(bottom - top) + 2))
+        ImageDraw.Draw(mask).text((1 - left, 1 - top), thing.name, fill=255, font=face)
         mask = mask.rotate(thing.turn if not photograph else 0, Image.Resampling.BICUBIC, expand=True)
     image.paste(_shade(thing.color, dice), (round(thing.x - mask.width / 2), round(thing.y - mask.height / 2)), mask)
+
+
+def _small_print(thing: Thing, dice: Dice) -> Image.Image:
+    """Letters as a camera sees them, at any fraction of a pixel. Set on whole pixels with hinting, a letter would be
+    the same few pixels each time, and these can be told apart even at half the side."""
+    face = font(thing.face, thing.source * _FINE)
+    left, top, right, bottom = face.getbbox(thing.name)
+    width, height = (_FINE * (math.ceil(length / _FINE) + 2) for length in (right - left, bottom - top))
+    mask = Image.new("L", (width, height))
+    corner = dice.integer(0, 2 * _FINE - 1) - left, dice.integer(0, 2 * _FINE - 1) - top
+    ImageDraw.Draw(mask).text(corner, thing.name, fill=255, font=face)
+    return mask.reduce(_FINE)
 
 
 def _chart(image: Image.Image, scene: Scene, dice: Dice, dark: bool) -> None:

@@ -261,13 +261,9 @@ def _larger(scene: Scene, dice: Dice, split: str) -> Iterator[tuple[str, str]]:
                 yield f"Which bar is larger, {a.color} or {b.color}?", (a if a.source > b.source else b).color
 
 
-def _small(numbers: bool) -> Form:
-    def form(scene: Scene, dice: Dice, split: str) -> Iterator[tuple[str, str]]:
-        for thing in scene.of("small"):
-            if thing.name.isdigit() is numbers:
-                yield f"What {'number' if numbers else 'word'} is in small print?", thing.name
-
-    return form
+def _small(scene: Scene, dice: Dice, split: str) -> Iterator[tuple[str, str]]:
+    for thing in scene.of("small"):
+        yield "What word is in small print?", thing.name
 
 
 def _is_there(scene: Scene, dice: Dice, split: str) -> Iterator[tuple[str, str]]:
@@ -319,8 +315,7 @@ _FORMS: dict[str, tuple[str, Form]] = {
     "word": ("word", _word),
     "bar": ("bar", _bar),
     "larger": ("bar", _larger),
-    "small-word": ("small-word", _small(False)),
-    "small-number": ("small-number", _small(True)),
+    "small-print": ("small-print", _small),
     "is-there": ("yesno", _is_there),
     "shows": ("yesno", _shows),
     "is-beside": ("yesno", _is_beside),

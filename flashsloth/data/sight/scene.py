@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from flashsloth.data.sight.dice import Dice, split_of
 from flashsloth.data.sight.sources import FACES, SMALL_FACES, Sources, font
-from flashsloth.data.sight.words import draw_word, numbers_of
+from flashsloth.data.sight.words import draw_word
 
 COLORS = ("red", "blue", "green", "orange", "yellow", "gray")  # those of Sort-of-CLEVR
 SHAPES = ("circle", "square", "triangle", "star")
@@ -17,8 +17,10 @@ CLEAR = 0.10
 FROM_MIDDLE = 0.07
 MARGIN = 0.03
 
-# Small print is set in 9/216 of the side: digits 7 pixels high, an x-height of 5 in a picture of 216. Tiles in HD keep
-# every pixel. A tower that sees the picture at half its side is left with 2 or 3 pixels for the height of an e.
+# Small print is set in 9/216 of the side: an x-height of 5 pixels in a picture of 216. Tiles in HD keep every pixel; a
+# tower that sees the picture at half its side is left with 2 or 3. A network of one hidden layer, trained on 16,000
+# crops, told the letter in the middle of three in 97.5 % at full and in 85 % at half the side, where a word of four
+# letters would come out right half the time. Digits are told at half the side too (98 %), so there are none.
 SMALL_PRINT = 9 / 216
 BAR_LEVELS = 10
 
@@ -27,7 +29,7 @@ BAR_LEVELS = 10
 class Thing:
     """``family`` is shape, digit, word, bar or small (print); x and y are its centre, in pixels.
 
-    ``name``: the shape, the digit, the word or the number; for a bar its colour. ``half``: half its width and height.
+    ``name``: the shape, the digit or the word; for a bar its colour. ``half``: half its width and height.
     ``turn``: degrees; ``source``: the digit sample, the height of a bar in levels or the font in pixels.
     """
 
@@ -202,9 +204,8 @@ def _mixed(dice: Dice, split: str, size: int, sources: Sources) -> Scene | None:
 
 
 def _label(dice: Dice, split: str, size: int, sources: Sources) -> Scene | None:
-    """One to three shapes, and a white card with one line of small print: a word or a number."""
-    text = draw_word(dice, split) if dice.coin() else dice.choice(numbers_of(split))
-    face, pixels = dice.choice(SMALL_FACES), round(SMALL_PRINT * size)
+    """One to three shapes, and a white card with a word in small print."""
+    text, face, pixels = draw_word(dice, split), dice.choice(SMALL_FACES), round(SMALL_PRINT * size)
     half = (font(face, pixels).getlength(text) / 2 + 0.03 * size, 0.75 * pixels + 0.01 * size)
     x = round(dice.between(half[0] + MARGIN * size, (1 - MARGIN) * size - half[0]))
     y = round(dice.between(half[1] + MARGIN * size, (1 - MARGIN) * size - half[1]))
@@ -220,5 +221,5 @@ _KINDS: dict[str, tuple[_Composer, int]] = {
     "words": (_words, 4),
     "chart": (_chart, 3),
     "mixed": (_mixed, 3),
-    "label": (_label, 3),
+    "label": (_label, 4),
 }

@@ -25,7 +25,7 @@ PHOTOGRAPHS = {
 # and bold. They come with packages, so they are the same everywhere; fonts of the system would not be.
 PILLOW_FACE = "Aileron"
 FACES = (PILLOW_FACE, "DejaVuSans", "DejaVuSans-Bold", "DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSansMono")
-SMALL_FACES = ("DejaVuSans", "DejaVuSansMono")  # hinted well: each letter is told from the others at 9 pixels
+SMALL_FACES = ("DejaVuSans", "DejaVuSansMono")  # plain and wide: legible at 9 pixels
 _LONGEST_SIDE = 640  # photographs are kept no larger: they are backgrounds
 
 
@@ -68,7 +68,7 @@ def font(face: str, pixels: int) -> ImageFont.FreeTypeFont:
     path = _package("matplotlib") / "mpl-data" / "fonts" / "ttf" / f"{face}.ttf"
     if not path.is_file():
         raise FileNotFoundError(f"matplotlib: expected the font {face} among its files, found no {path}")
-    return ImageFont.truetype(path, pixels, layout_engine=ImageFont.Layout.BASIC)
+    return ImageFont.truetype(str(path), pixels, layout_engine=ImageFont.Layout.BASIC)
 
 
 def _photograph(name: str) -> np.ndarray:

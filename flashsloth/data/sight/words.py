@@ -65,12 +65,6 @@ def words_of(split: str) -> tuple[str, ...]:
     return tuple(sorted(chosen))
 
 
-@cache
-def numbers_of(split: str) -> tuple[str, ...]:
-    """The printed numbers of a split, of three digits."""
-    return tuple(str(n) for n in range(100, 1000) if split_of(f"number/{n}") == split)
-
-
 def draw_word(dice: Dice, split: str) -> str:
     """A word of the split. Every second one of training is invented: a few hundred everyday words could be learnt by
     heart as pictures, and a reader of letters is what validation and test, with other words, ask for."""
