@@ -9,7 +9,8 @@ from PIL import Image, ImageDraw
 from flashsloth.data.sight.sample import Sample
 from flashsloth.data.sight.sources import PILLOW_FACE, font
 
-COLUMNS, CELL, LINES, LINE, GAP = 6, 216, 4, 17, 14
+COLUMNS, CELL, LINES, LINE, TEXT, GAP = 6, 216, 6, 16, 12, 14
+BOLD_FACE = "DejaVuSans-Bold"
 INK, QUIET = (29, 36, 51), (91, 101, 117)
 
 
@@ -26,22 +27,25 @@ def draw_preview(samples: Sequence[Sample]) -> Image.Image:
         sheet.paste(sample.image.resize((CELL, CELL), resampling), (x, y))
         draw.rectangle((x - 1, y - 1, x + CELL, y + CELL), outline=(222, 226, 233))
         lines = [line for question in sample.questions[:LINES] for line in _lines(question.text, question.answer)]
-        for j, (text, color) in enumerate(lines[:LINES]):
-            draw.text((x, y + CELL + 5 + j * LINE), text, fill=color, font=font(PILLOW_FACE, 13))
+        for j, (question, answer) in enumerate(lines[:LINES]):
+            top = y + CELL + 5 + j * LINE
+            draw.text((x, top), question, fill=QUIET, font=font(PILLOW_FACE, TEXT))
+            draw.text(
+                (x + font(PILLOW_FACE, TEXT).getlength(question), top), answer, fill=INK, font=font(BOLD_FACE, TEXT - 1)
+            )
     return sheet
 
 
-def _lines(question: str, answer: str) -> list[tuple[str, tuple[int, int, int]]]:
-    face = font(PILLOW_FACE, 13)
-    if face.getlength(f"{question} {answer}") <= CELL:
-        return [(f"{question} {answer}", INK)]
-    return [(_cut(question), QUIET), (_cut(answer), INK)]
-
-
-def _cut(text: str) -> str:
-    face = font(PILLOW_FACE, 13)
-    if face.getlength(text) <= CELL:
-        return text
-    while face.getlength(text + "...") > CELL:
-        text = text[:-1]
-    return text + "..."
+def _lines(question: str, answer: str) -> list[tuple[str, str]]:
+    """(question, answer) of each line: words of the question as far as they fit, and the answer after the last."""
+    face = font(PILLOW_FACE, TEXT)
+    lines, line = [], ""
+    for word in question.split():
+        if face.getlength(line + word) > CELL:
+            lines.append((line, ""))
+            line = ""
+        line += word + " "
+    if face.getlength(line) + font(BOLD_FACE, TEXT - 1).getlength(answer) > CELL:
+        lines.append((line, ""))
+        line = ""
+    return [*lines, (line, answer)]
