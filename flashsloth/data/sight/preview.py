@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from flashsloth.data.sight.sample import Sample
 from flashsloth.data.sight.sources import PILLOW_FACE, font
@@ -26,26 +26,26 @@ def draw_preview(samples: Sequence[Sample]) -> Image.Image:
         resampling = Image.Resampling.LANCZOS if smooth else Image.Resampling.NEAREST
         sheet.paste(sample.image.resize((CELL, CELL), resampling), (x, y))
         draw.rectangle((x - 1, y - 1, x + CELL, y + CELL), outline=(222, 226, 233))
-        lines = [line for question in sample.questions[:LINES] for line in _lines(question.text, question.answer)]
-        for j, (question, answer) in enumerate(lines[:LINES]):
-            top = y + CELL + 5 + j * LINE
-            draw.text((x, top), question, fill=QUIET, font=font(PILLOW_FACE, TEXT))
-            draw.text(
-                (x + font(PILLOW_FACE, TEXT).getlength(question), top), answer, fill=INK, font=font(BOLD_FACE, TEXT - 1)
-            )
+        row = 0
+        for question in sample.questions:
+            words = _wrapped(question.text, question.answer)
+            if row + words[-1][0] >= LINES:
+                break  # only whole questions
+            for line, across, word, face, ink in words:
+                draw.text((x + across, y + CELL + 5 + (row + line) * LINE), word, fill=ink, font=face)
+            row += words[-1][0] + 1
     return sheet
 
 
-def _lines(question: str, answer: str) -> list[tuple[str, str]]:
-    """(question, answer) of each line: words of the question as far as they fit, and the answer after the last."""
-    face = font(PILLOW_FACE, TEXT)
-    lines, line = [], ""
-    for word in question.split():
-        if face.getlength(line + word) > CELL:
-            lines.append((line, ""))
-            line = ""
-        line += word + " "
-    if face.getlength(line) + font(BOLD_FACE, TEXT - 1).getlength(answer) > CELL:
-        lines.append((line, ""))
-        line = ""
-    return [*lines, (line, answer)]
+def _wrapped(question: str, answer: str) -> list[tuple[int, float, str, ImageFont.FreeTypeFont, tuple[int, int, int]]]:
+    """(line, pixels from the left, word, its font, its colour) of each word."""
+    plain, bold = font(PILLOW_FACE, TEXT), font(BOLD_FACE, TEXT - 1)
+    placed = []
+    line, across = 0, 0.0
+    for text, face, ink in ((question, plain, QUIET), (answer, bold, INK)):
+        for word in text.split():
+            if across + face.getlength(word) > CELL:
+                line, across = line + 1, 0.0
+            placed.append((line, across, word, face, ink))
+            across += face.getlength(word + " ")
+    return placed
