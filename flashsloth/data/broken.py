@@ -161,7 +161,7 @@ class BrokenLog:
     def _append(self, skipped: list[Skipped]) -> None:
         assert self.path is not None
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8") as file:
+        with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.writelines(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in skipped)
 
     def _by_reason(self) -> str:

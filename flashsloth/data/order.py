@@ -32,8 +32,8 @@ class EpochBatches(Sampler[list[int]]):
         shuffle: False for the order of the source.
         group_by_length: rows of a step are of like length, which saves padding. Lengths are those of the records'
             text, in bytes: an image has the same number of tokens in every row.
-        window: with several shards these are shuffled, and then the records within so many that follow each other:
-            shards are read nearly in order, and pages that were read ahead are used.
+        window: shards are shuffled, and then the records within so many that follow each other, so that a tar file is
+            read nearly in order, and what was read ahead is used. A record of a JSON file is a shard of its own.
         drop_last: leave out the records of a last short step.
 
     Raises:
@@ -106,10 +106,10 @@ class EpochBatches(Sampler[list[int]]):
                 )
 
     def _shuffled(self, random: np.random.RandomState) -> np.ndarray:
-        ends = np.append(self._shards[1:], len(self._sizes))
-        if len(ends) == 1:
-            return random.permutation(len(self._sizes))
-        order = np.concatenate([np.arange(self._shards[i], ends[i]) for i in random.permutation(len(ends))])
+        shard = random.permutation(len(self._shards))
+        sizes = np.diff(self._shards, append=len(self._sizes))[shard]
+        first = self._shards[shard] - (sizes.cumsum() - sizes)
+        order = np.repeat(first, sizes) + np.arange(len(self._sizes))
         for start in range(0, len(order), self._window):
             random.shuffle(order[start : start + self._window])
         return order

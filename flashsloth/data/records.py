@@ -27,7 +27,7 @@ class RecordSource(Protocol):
 
     Attributes:
         sizes: int64 ``(records,)``, bytes of each record's text: what tells long from short without reading it.
-        shards: int64, ascending from 0: where each file begins that is read fastest in order.
+        shards: int64, ascending from 0: where each run of records begins that is read fastest in order.
     """
 
     sizes: np.ndarray
@@ -89,7 +89,7 @@ class JsonRecords:
         self._starts = np.cumsum([0] + [len(file) for file in texts])
         self._pictures = [pictures or FolderPictures(path.parent) for path in self._files]
         self.sizes = self._texts.sizes
-        self.shards = np.zeros(1, dtype=np.int64)  # records are in memory, and images have no order
+        self.shards = np.arange(len(self._texts))  # a file of its own each: the images are
 
     def __len__(self) -> int:
         return len(self._texts)
@@ -125,6 +125,8 @@ class FolderPictures:
             return (self.folder / path).read_bytes()
         except (FileNotFoundError, NotADirectoryError):
             raise BrokenRecord("missing_image", f"{name} is not in {self.folder}") from None
+        except UnicodeEncodeError as error:
+            raise BrokenRecord("image_path", f"{name!r}: {error}") from error
         except OSError as error:
             raise BrokenRecord("unreadable_image", f"{name}: {error.strerror or error}") from error
 

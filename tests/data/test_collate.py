@@ -123,6 +123,14 @@ def test_shards_are_read_nearly_in_order() -> None:
     assert (np.diff(one.order()) != 1).sum() > 900
 
 
+def test_records_of_a_json_file_are_spread_among_shards() -> None:
+    order = batches(Sizes([1] * 1000, [*range(500), *range(500, 1000, 50)]), window=100).order()  # ten tar files
+    assert sorted(order) == list(range(1000))
+    of_json = [int((part < 500).sum()) for part in np.split(order, 10)]
+    assert min(of_json) >= 10
+    assert max(of_json) <= 90
+
+
 def test_grouping_by_length_saves_padding() -> None:
     sizes = np.random.default_rng(1).integers(20, 2000, 640)
 
@@ -409,6 +417,7 @@ def test_a_log_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
     log = BrokenLog(first, limit=1.0)
     log.add(report(4, 1))
     log.add(report(4, 2, 1))  # the next epoch's
+    log.add(BatchReport(1, (Skipped(7, "odd\udcff.tar:1", "malformed_json", "why"),)))  # not every file name is Unicode
     state = json.loads(json.dumps(log.state_dict()))
     kept = first.read_text()
     log.add(report(4, 3))
@@ -418,7 +427,7 @@ def test_a_log_goes_on_from_a_checkpoint(tmp_path: Path) -> None:
     resumed.add(report(4, 3))
     assert resumed.state_dict() == log.state_dict()
     assert second.read_text() == first.read_text()
-    assert resumed.summary() == "12 records seen, 4 skipped (4 missing_image)"
+    assert resumed.summary() == "13 records seen, 5 skipped (4 missing_image, 1 malformed_json)"
     assert BrokenLog(first).summary() == "0 records seen, 0 skipped"
     assert not first.exists()  # another run's
 

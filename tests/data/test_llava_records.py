@@ -62,7 +62,7 @@ def test_names_say_where_a_record_is(tmp_path: Path) -> None:
     source = JoinedRecords([JsonRecords([first, second], FolderPictures(tmp_path / "images")), TarRecords(shards)])
     wanted = ["a.json[0]", "a.json[1]", "a.json[2]", "b.json[0]"]
     assert [source.name(i) for i in range(8)] == wanted + [f"{i // 2:04}.tar:{i:06}" for i in range(4)]
-    assert source.shards.tolist() == [0, 4, 6]
+    assert source.shards.tolist() == [0, 1, 2, 3, 4, 6]
 
 
 def test_images_are_beside_their_file_by_default(tmp_path: Path) -> None:
@@ -88,6 +88,8 @@ def test_sizes_are_those_of_the_text(tmp_path: Path) -> None:
         ("a/../../secret.png", "image_path"),
         ("/etc/hostname", "image_path"),
         ("a\0.png", "image_path"),
+        ("a\ud800.png", "image_path"),
+        ("a" * 300, "unreadable_image"),
         ("", "image_path"),
         (7, "image_path"),
         ("folder", "unreadable_image"),
