@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 
-from flashsloth.data import collate
 from flashsloth.data.broken import BatchReport, BrokenLog, Skipped, TooManyBroken
 from flashsloth.data.collate import Collator, TrainingLoader, take_report
 from flashsloth.data.llava import LlavaDataset, Sample
@@ -353,7 +352,6 @@ def test_the_blank_row_has_an_image(dataset: LlavaDataset) -> None:
     assert isinstance(text, Sample)
     with pytest.raises(ValueError, match="blank: expected a row with an image"):
         Collator(0, text)
-    assert collate.REPORT == "report"
 
 
 # -------------------------------------------------------------------- too many broken records

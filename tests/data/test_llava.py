@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 import zlib
 from pathlib import Path
@@ -23,7 +24,7 @@ from flashsloth.encoding import IGNORE_INDEX
 from flashsloth.processing import FlashSlothProcessor
 from tests.data.llava_cases import dataset_of, picture, record, sample_of, tiny_dataset, write_json
 from tests.model.prompting import EOS, LEARNABLE, PAD, write_official
-from tests.support import Golden, golden_path
+from tests.support import ROOT, Golden, golden_path
 
 
 def answers(dataset: LlavaDataset, row: Any) -> str:
@@ -286,6 +287,11 @@ def test_a_broken_record_is_skipped(broken: LlavaDataset, index: int) -> None:
 def test_every_reason_is_tested() -> None:
     elsewhere = {"malformed_json", "damaged_shard", "not_a_caption", "too_long"}
     assert {reason for reason, _ in BROKEN_RECORDS} | elsewhere == set(REASONS)
+
+
+def test_every_reason_is_documented() -> None:
+    text = (ROOT / "docs" / "training-data.md").read_text()
+    assert dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", text, re.MULTILINE)) == REASONS
 
 
 def test_pixels_are_limited(tmp_path: Path) -> None:
