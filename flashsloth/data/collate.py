@@ -33,8 +33,9 @@ class Collator:
     Args:
         pad_token_id: fills rows up.
         blank: the blank row, :meth:`~flashsloth.data.llava.LlavaDataset.blank`.
-        always_image: add the blank row to a batch without any image. With several processes each must run the vision
-            tower, pooling and queries when one does, or they wait for each other's gradients for ever.
+        always_image: add the blank row to a batch without any image, for several processes: FSDP's gather the weights
+            of vision tower, pooling and queries together, and DDP waits for the gradients of all, unless it looks for
+            those that are not used (Trainer has it look where nothing is checkpointed).
         pad_to_multiple_of: round the length up, for tensor cores.
     """
 
