@@ -118,12 +118,23 @@ def flashsloth_attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """query ``(B, Hq, L, d)``, key and value ``(B, Hkv, S, d)`` -> ``(B, L, Hq, d)``, and no weights."""
+    """query ``(B, Hq, L, d)``, key and value ``(B, Hkv, S, d)`` -> ``(B, L, Hq, d)``, and no weights.
+
+    With ``packed_index``, a :class:`TokenIndex` of packed sequences, B is 1, and the mask is not read.
+    """
     for name in ("softcap", "s_aux", "position_bias", "head_mask"):
         if kwargs.get(name) is not None:
             raise ValueError(f"{name}: expected None with attn_implementation={ATTENTION!r}, got a value")
     if kwargs.get("output_attentions"):
         logger.warning_once(f"attn_implementation={ATTENTION!r} keeps no attention weights; use 'eager' for them")
+    packed: TokenIndex | None = kwargs.get("packed_index")
+    if packed is not None:
+        if dropout:
+            raise ValueError(f"attention_dropout: expected 0 with packed sequences, got {dropout}")
+        q, k, v = (part.squeeze(0).transpose(0, 1) for part in (query, key, value))
+        out = token_sparse_prefill(q, k, v, packed, scale=scaling)
+        assert isinstance(out, Tensor)
+        return out[None], None
     if dropout:
         logger.warning_once(
             f"attn_implementation={ATTENTION!r}: expected no attention dropout, got {dropout}; SDPA runs instead"

@@ -32,6 +32,7 @@ from flashsloth.context import (
     require,
 )
 from flashsloth.modules import EmbeddedQuery, LearnableTokens, PlainLinear, Projector, SpatialAttentionPool
+from flashsloth.packing import PackedRows
 from flashsloth_ops import ImageState
 
 
@@ -57,6 +58,7 @@ class _EmbeddedQueries(NamedTuple):
     replace: Tensor
     image: Tensor
     state: ImageState | None
+    packed: PackedRows | None
     ran: list[bool]
 
 
@@ -191,6 +193,8 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, GenerationMi
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         image_context: ImageContext | None = None,
+        token_rows: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         **kwargs: Any,
     ) -> FlashSlothOutput | tuple[Any, ...]:
         """One pass over a batch, or over the next chunk of one.
@@ -206,6 +210,9 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, GenerationMi
                 on the CPU bound the work by the longest question without waiting for a device.
             labels: int64 ``(B, L)``, -100 where nothing is to be learned.
             image_context: what :meth:`get_image_context`, or an earlier output, holds; instead of ``pixel_values``.
+            token_rows, cu_seqlens: int ``(T,)`` and ``(B + 1,)``, for training: the places of the T tokens in the
+                flattened ``input_ids``, and where each row's begin among them. The decoder then runs on these alone,
+                and ``logits`` are ``(1, T, vocabulary)``. Needs ``attn_implementation="flashsloth"``.
 
         Raises:
             ValueError: arguments that contradict each other, images and placeholders that do not match.
@@ -220,6 +227,9 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, GenerationMi
         past: int | Tensor = 0 if past_key_values is None else past_key_values.get_seq_length()
         first = isinstance(past, int) and past == 0
 
+        packed = None
+        if token_rows is not None or cu_seqlens is not None:
+            packed = self._packed_rows(token_rows, cu_seqlens, input_ids, past_key_values, position_ids)
         queries = None
         if input_ids is None:
             if pixel_values is not None or question_spans is not None or image_context is not None:
@@ -231,11 +241,19 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, GenerationMi
             if where is not None and image_context is not None and where.positions.shape[1]:
                 image, state = image_context.per_row()
                 replace = where.is_query & image_seen(input_ids, self.config.image_token_id, image_context.row_image)
-                queries = _EmbeddedQueries(where, replace, image, state, [])
+                queries = _EmbeddedQueries(where, replace, image, state, packed, [])
                 kwargs["embedded_queries"] = queries
 
         assert inputs_embeds is not None
-        if attention_mask is not None and attention_mask.dim() == 2:
+        if packed is not None:
+            inputs_embeds, attention_mask, position_ids = (
+                packed.pack(inputs_embeds),
+                packed.prepared_mask,
+                packed.position_ids,
+            )
+            labels = None if labels is None else packed.pack_labels(labels)
+            kwargs["packed_index"], use_cache = packed.index, False
+        elif attention_mask is not None and attention_mask.dim() == 2:
             batch, length = inputs_embeds.shape[:2]
             fixed = getattr(past_key_values, "is_compileable", False)  # its mask may reach to the end of the cache
             if isinstance(past, int) and not fixed and attention_mask.shape != (batch, past + length):
@@ -272,6 +290,25 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, GenerationMi
             image_context=image_context,
         )
         return result.to_tuple() if return_dict is False else result
+
+    def _packed_rows(
+        self,
+        token_rows: Tensor | None,
+        cu_seqlens: Tensor | None,
+        input_ids: Tensor | None,
+        past_key_values: Cache | None,
+        position_ids: Tensor | None,
+    ) -> PackedRows:
+        if token_rows is None or cu_seqlens is None or input_ids is None:
+            raise ValueError("token_rows, cu_seqlens: expected both of them, with input_ids")
+        if past_key_values is not None or position_ids is not None:
+            raise ValueError("token_rows: expected neither past_key_values nor position_ids beside it")
+        if self.config.text_config._attn_implementation != REGISTERED_NAME:
+            raise ValueError(
+                f"token_rows: expected attn_implementation='flashsloth', which keeps packed sequences apart, got "
+                f"{self.config.text_config._attn_implementation!r}"
+            )
+        return PackedRows.of(token_rows, cu_seqlens, input_ids)
 
     def _context_of_rows(self, pixel_values: Tensor, input_ids: Tensor) -> ImageContext:
         row_image, rows_per_image = image_rows(input_ids, self.config.image_token_id, pixel_values.shape[0])
@@ -322,7 +359,8 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, GenerationMi
         if queries is None:
             return None
         queries.ran.append(True)
-        hidden = output[0] if isinstance(output, tuple) else output
+        given = output[0] if isinstance(output, tuple) else output
+        hidden = given if queries.packed is None else queries.packed.unpack(given)
         batch, _, width = hidden.shape
         where = queries.where
         groups = where.positions.shape[1] // self.config.num_queries
@@ -340,6 +378,7 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, GenerationMi
         updated = updated.reshape(batch, -1, width)
         updated = updated.gather(1, where.slot[..., None].expand(-1, -1, width))
         hidden = torch.where(queries.replace[..., None], updated.to(hidden.dtype), hidden)
+        hidden = hidden if queries.packed is None else queries.packed.pack(hidden)
         return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:

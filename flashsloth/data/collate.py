@@ -1,8 +1,9 @@
 """Rows to a batch for the model, and batches of an epoch to a loader for the trainer.
 
-Rows are padded on the right to the longest. ``attn_implementation="flashsloth"`` makes a token index of the mask, so
-attention never sees the padding; the layers between compute it, and :class:`~flashsloth.data.order.EpochBatches` with
-``group_by_length`` keeps it small.
+Rows are padded on the right to the longest; that is small, it is ids. With ``packed`` the batch says where its tokens
+are, and the model's decoder computes these alone. Without, ``attn_implementation="flashsloth"`` makes a token index of
+the mask, so attention never sees the padding, but the layers between do;
+:class:`~flashsloth.data.order.EpochBatches` with ``group_by_length`` keeps it small.
 """
 
 from __future__ import annotations
@@ -37,15 +38,24 @@ class Collator:
             of vision tower, pooling and queries together, and DDP waits for the gradients of all, unless it looks for
             those that are not used (Trainer has it look where nothing is checkpointed).
         pad_to_multiple_of: round the length up, for tensor cores.
+        packed: add ``token_rows`` int64 ``(T,)``, the places of the tokens in the flattened ``input_ids``, and
+            ``cu_seqlens`` int32 ``(B + 1,)``, where the rows begin among them. For
+            ``attn_implementation="flashsloth"``.
     """
 
     def __init__(
-        self, pad_token_id: int, blank: Sample, *, always_image: bool = False, pad_to_multiple_of: int | None = None
+        self,
+        pad_token_id: int,
+        blank: Sample,
+        *,
+        always_image: bool = False,
+        pad_to_multiple_of: int | None = None,
+        packed: bool = False,
     ) -> None:
         if blank.pixel_values is None:
             raise ValueError("blank: expected a row with an image, got one without")
         self.pad_token_id, self.blank = pad_token_id, blank
-        self.always_image, self.pad_to_multiple_of = always_image, pad_to_multiple_of
+        self.always_image, self.pad_to_multiple_of, self.packed = always_image, pad_to_multiple_of, packed
 
     @classmethod
     def of(cls, dataset: LlavaDataset, **options: Any) -> Collator:
@@ -69,6 +79,10 @@ class Collator:
         images = [sample.pixel_values for sample in samples if sample.pixel_values is not None]
         if images:
             batch["pixel_values"] = torch.from_numpy(np.stack(images))
+        if self.packed:
+            mask = batch["attention_mask"]
+            batch["token_rows"] = mask.flatten().nonzero().flatten()
+            batch["cu_seqlens"] = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)).to(torch.int32)
         tokens = sum(len(sample.row.ids) for sample in samples[:used])
         cut = sum(sample.cut > 0 for sample in samples)
         batch[REPORT] = BatchReport(len(items), skipped, cut, tokens, batch["input_ids"].numel() - tokens)

@@ -293,6 +293,21 @@ def test_lengths_in_multiples(dataset: LlavaDataset) -> None:
     assert Collator.of(dataset, pad_to_multiple_of=64)([dataset[0]])["input_ids"].shape[1] % 64 == 0
 
 
+def test_a_packed_batch_learns_the_same_without_padding(dataset: LlavaDataset, model: Any) -> None:
+    items = [dataset[i] for i in (6, 4, 1)]
+    plain, packed = Collator.of(dataset)(items), Collator.of(dataset, packed=True)(items)
+    tokens = packed["report"].tokens
+    assert packed["token_rows"].shape == (tokens,)
+    assert packed["cu_seqlens"].tolist() == [0, *np.cumsum([len(item.row.ids) for item in items])]
+    ids = [token for item in items for token in item.row.ids]
+    assert packed["input_ids"].flatten()[packed["token_rows"]].tolist() == ids
+    model.set_attn_implementation("flashsloth")
+    with torch.no_grad():
+        assert torch.allclose(loss_sum(model, packed), loss_sum(model, plain), rtol=1e-5)
+        take_report(packed)
+        assert model(**packed).logits.shape[:2] == (1, tokens)
+
+
 def skipped(index: int, reason: str = "missing_image") -> Skipped:
     return Skipped(index, f"train.json[{index}]", reason, "why")
 
