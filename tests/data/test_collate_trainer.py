@@ -49,7 +49,7 @@ class Watched(Trainer):
             accumulation=arguments.gradient_accumulation_steps,
             seed=arguments.seed,
         )
-        return TrainingLoader(dataset, batches, Collator.of(dataset))
+        return TrainingLoader(dataset, batches, Collator.of(dataset, packed=True))
 
     def _prepare_inputs(self, inputs: Any) -> Any:
         report = take_report(inputs)
