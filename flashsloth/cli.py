@@ -1,4 +1,4 @@
-"""The command line: ``flashsloth demo``, ``flashsloth ask IMAGE QUESTION``, ``flashsloth inspect DIR``."""
+"""The command line: ``flashsloth demo``, ``ask IMAGE QUESTION``, ``inspect DIR``, ``data make sight --out DIR``."""
 
 from __future__ import annotations
 
@@ -18,11 +18,14 @@ NO_MODEL = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 with one line on standard error for input that cannot be used."""
-    options = _parser().parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    command = given[0] if given else ""
     try:
+        options = _parser(command).parse_args(given)
         options.run(options)
     except ModuleNotFoundError as error:
-        return _fail(f"the package {error.name} is missing: pip install 'flashsloth[demo]'")
+        extra = "data" if command == "data" else "demo"
+        return _fail(f"the package {error.name} is missing: pip install 'flashsloth[{extra}]'")
     except (ValueError, TypeError, OSError, BackendError) as error:
         return _fail(str(error))
     except KeyboardInterrupt:
@@ -78,13 +81,20 @@ def _ask(options: argparse.Namespace) -> None:
     model.generate(**batch, max_new_tokens=options.max_new_tokens, do_sample=False, streamer=streamer)
 
 
+def _make_sight(options: argparse.Namespace) -> None:
+    from flashsloth.data.sight import make
+
+    make.main(options)
+
+
 def _console() -> Any:
     from rich.console import Console
 
     return Console() if sys.stdout.isatty() else Console(width=120)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(command: str = "") -> argparse.ArgumentParser:
+    """``command``: the one that is given; arguments that need a package to be known are added for it alone."""
     parser = argparse.ArgumentParser(prog="flashsloth", description="FlashSloth: a multimodal model that compresses.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -107,6 +117,17 @@ def _parser() -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="parameters, tokens and memory of a checkpoint, without loading it")
     inspect.add_argument("directory", type=Path, metavar="DIR")
     inspect.set_defaults(run=_inspect)
+
+    data = commands.add_parser("data", help="make a data set of pictures and questions: data make sight --out DIR")
+    if command == "data":
+        from flashsloth.data.sight import make
+
+        made = data.add_subparsers(required=True, metavar="make").add_parser("make", help="make a data set")
+        sight = made.add_subparsers(required=True, metavar="sight").add_parser(
+            "sight", help="shapes, digits, words, charts, small print"
+        )
+        make.add_arguments(sight)
+        sight.set_defaults(run=_make_sight)
     return parser
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from flashsloth import cli
 from flashsloth.data.sight import KINDS, Settings, make_sight
 from flashsloth.data.sight import make as making
 from flashsloth.data.sight import write as writing
@@ -233,3 +234,13 @@ def test_the_command_refuses(
 def test_the_published_size_stands(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--size: expected 75"):
         _run("--out", str(tmp_path / "new"), "--sort-of-clevr", "--size", "128")
+
+
+def test_the_command_line_makes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "sight"
+    counts = ["--train", "3", "--validation", "1", "--test", "2", "--jobs", "1"]
+    assert cli.main(["data", "make", "sight", "--out", str(out), *counts]) == 0
+    assert "train: 3 pictures" in capsys.readouterr().out
+    assert json.loads((out / "manifest.json").read_text())["splits"]["test"]["pictures"] == 2
+    assert cli.main(["data", "make", "sight", "--out", str(out / "manifest.json"), *counts]) == 2
+    assert "flashsloth: " in capsys.readouterr().err
