@@ -58,7 +58,7 @@ def _verdict(case: Case, provider: Provider, inputs: Inputs, exact: Outputs, pla
     except BackendError as error:
         return Verdict(None, None, missing=str(error).rpartition("cannot serve it: ")[2])
     except Exception as error:  # whatever a peer's package raises
-        reason = f"raised {type(error).__name__}: {_first_line(error)}"
+        reason = f"raised {type(error).__name__}: {first_line(error)}"
         return Verdict(None, None, failure=reason) if provider.ours else Verdict(None, None, missing=reason)
     if not outputs:
         return Verdict(None, None, "gave no output")
@@ -86,5 +86,6 @@ def verdict(name: str, value: Tensor, exact: Tensor, plain: Tensor | None) -> Ve
     return Verdict(error if error == error else None, allowed, failure)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an exception says, short enough for a table."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")[:200]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from bench.case import DTYPES
-from bench.check import Verdict
+from bench.check import Verdict, first_line
 from bench.e2e.check import check
 from bench.e2e.flops import FIRST_TOKEN, PHASES, STAGES
 from bench.e2e.models import Model, Request
@@ -127,8 +127,7 @@ class _Bench:
             except torch.OutOfMemoryError:
                 pass  # what it holds is free once this handler is left
             except Exception as error:  # whatever a model of another package raises
-                first = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
-                failure = f"raised {type(error).__name__}: {first[:200]}"
+                failure = f"raised {type(error).__name__}: {first_line(error)}"
             _release(self.device)
         for row in rows:
             row.failure, row.missing = failure, None if failure else missing

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from bench.check import first_line
 from bench.timing import Ceilings
 
 Calls = Sequence[Callable[[], object]]  # one provider on several sets of inputs
@@ -60,7 +61,7 @@ class Timer:
                 samplers[name] = self.sampler(call)
             except RuntimeError as error:
                 torch.cuda.synchronize()
-                failures[name] = f"not captured: {_first_line(error)}"
+                failures[name] = f"not captured: {first_line(error)}"
         times: dict[str, list[float]] = {name: [] for name in samplers}
         end = time.monotonic() + budget
         for names in _turns(list(samplers), rounds, end):
@@ -140,7 +141,3 @@ def _median_events(run: Callable[[], Tensor], rounds: int) -> float:
     for _ in range(3):
         run()
     return sorted(_events(run) for _ in range(rounds))[rounds // 2]
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0]

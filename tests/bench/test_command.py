@@ -19,7 +19,6 @@ from bench.__main__ import duration, main
 from bench.case import Inputs, Outputs
 from bench.cases import CASES
 from bench.result import ROOT, Result, load
-from bench.timing import fixed_threads
 from tests.bench.toys import NAME, right, toy, wrong
 
 TOY = ("run", "--device", "cpu", "--case", "toy", "--budget", "0.1s")
@@ -41,11 +40,9 @@ raise SystemExit(main([*TOY, "--small", "--out", r"%s", *%r], cases=cases))
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_and_no_ceilings(monkeypatch: pytest.MonkeyPatch) -> Any:
+def _no_ceilings(monkeypatch: pytest.MonkeyPatch) -> None:
     """A product and a copy of a second are of no use to cases that double eight rows."""
     monkeypatch.setattr(suite, "_ceilings", lambda device: None)
-    with fixed_threads(1):
-        yield
 
 
 def stored(folder: Path) -> Result:

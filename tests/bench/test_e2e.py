@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -25,17 +24,10 @@ from bench.e2e.models import (
 )
 from bench.e2e.points import Point
 from bench.result import Row
-from bench.timing import Ceilings, fixed_threads
+from bench.timing import Ceilings
 from flashsloth.modules import EmbeddedQuery, SpatialAttentionPool
 from tests.bench.small_models import NEW, Built, every_model
 from tests.support import ROOT
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with fixed_threads(1):
-        yield
-
 
 # ---- checks ----
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -23,18 +21,10 @@ from bench.e2e.models import (
     SMOLVLM,
     Model,
 )
-from bench.timing import fixed_threads
 from flashsloth_ops import EmbeddedQueryParams
 from flashsloth_ops.reference.embedded_query import absorbed_forward
 from flashsloth_ops.reference.spatial_pool import spatial_attention_pool
 from tests.bench.small_models import NEW, TEXT, Built, every_model
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with fixed_threads(1):
-        yield
-
 
 # ---- tokens ----
 

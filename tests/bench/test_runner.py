@@ -18,15 +18,9 @@ from bench.check import run_checks, verdict
 from bench.memory import kept_bytes, peak_bytes
 from bench.result import Row
 from bench.runner import CPU, METHODS, Place, _compare, _rows, _time, best_of, faster_in_cuda, matching, run_point
-from bench.timing import Ceilings, fixed_threads
+from bench.timing import Ceilings
 from tests.bench.toys import FAST, NAME, raises, right, toy, wrong
 from tests.support import GPU_MARKS, needs_extension
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    with fixed_threads(1):
-        yield
 
 
 def by_provider(case: Case, place: Place = CPU) -> dict[str, Row]:

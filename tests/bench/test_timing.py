@@ -4,18 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 
-from bench.timing import Ceilings, ceilings, fixed_threads, interleave, quantiles, ratio
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Any:
-    with fixed_threads(1):
-        yield
+from bench.timing import Ceilings, ceilings, interleave, quantiles, ratio
 
 
 def test_timer_measures_sleeps_of_known_length() -> None:
