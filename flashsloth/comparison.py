@@ -6,8 +6,8 @@ The paths are the providers of the benchmark suite, given what the model itself 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -16,8 +16,9 @@ from bench import case as benchmark
 from bench.case import Case, Inputs
 from bench.cases import embedded_query, sparse_prefill, spatial_pool
 from bench.timing import interleave, quantiles
+from flashsloth.heatmaps import Seen
 from flashsloth.modeling import FlashSlothForConditionalGeneration
-from flashsloth_ops import embedded_query_attention, spatial_attention_pool, use_backend
+from flashsloth_ops import use_backend
 
 FUSED, PLAIN, OFFICIAL = "fused", "plain PyTorch", "official style"
 
@@ -35,44 +36,6 @@ class FirstToken(NamedTuple):
 
     new_image: dict[str, float]
     same_image: dict[str, float]
-
-
-class Seen(NamedTuple):
-    """What the embedded-query module was given in a forward pass: ``(B, Q, Dm)``, ``(B, T, Dm)``, ``(Bi, N, Di)``."""
-
-    query: Tensor
-    text: Tensor
-    lengths: Tensor
-    image: Tensor
-
-
-@contextmanager
-def watching(model: FlashSlothForConditionalGeneration) -> Iterator[list[Seen]]:
-    """Collects the inputs of the embedded-query module while the model runs."""
-    seen: list[Seen] = []
-    handle = model.embedded_query.register_forward_pre_hook(lambda _, given: seen.append(Seen(*given[:4])))
-    try:
-        yield seen
-    finally:
-        handle.remove()
-
-
-def pooling_weights(model: FlashSlothForConditionalGeneration, features: Tensor) -> Tensor:
-    """Weights ``(tiles, H*W)`` of the tower's output ``(tiles, H*W, Di)``, summing to one in each window."""
-    given = _pooling_inputs(model, features)
-    x, w1, b1, w2, b2 = (given[name] for name in ("x", "w1", "b1", "w2", "b2"))
-    grid, window = model.config.vision_grid, given["window"]
-    _, weights = spatial_attention_pool(x, w1, b1, w2, b2, grid=grid, window=window, return_weights=True)
-    return weights
-
-
-def query_attention(model: FlashSlothForConditionalGeneration, seen: Seen) -> Tensor:
-    """Attention ``(B, Q, N)`` of the embedded queries to the image, averaged over heads."""
-    params, heads = model.embedded_query.params(), model.config.query_heads
-    _, attention = embedded_query_attention(
-        seen.query, seen.text, seen.image, params, num_heads=heads, text_lengths=seen.lengths, return_weights=True
-    )
-    return attention
 
 
 def measure_pooling(model: FlashSlothForConditionalGeneration, features: Tensor, budget: float) -> OpTimes:

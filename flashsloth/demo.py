@@ -15,7 +15,7 @@ from rich.table import Table
 
 from bench.case import Size
 from bench.cases import sparse_prefill
-from flashsloth import comparison
+from flashsloth import comparison, heatmaps
 from flashsloth.comparison import FUSED, OFFICIAL, PLAIN, FirstToken, OpTimes
 from flashsloth.config import FlashSlothConfig
 from flashsloth.drawing import check_target, draw_attention
@@ -100,7 +100,7 @@ def _run(
 
     step("asking")
     asked = _prompt(processor, photograph)
-    with comparison.watching(model) as seen:
+    with heatmaps.watching(model) as seen:
         features = model(**asked, use_cache=True, logits_to_keep=1).image_context.features
     fewer = 1 - config.num_visual_tokens / (rows * columns)
     say(
@@ -132,8 +132,8 @@ def _run(
     draw_attention(
         out,
         photograph,
-        comparison.pooling_weights(model, features)[0].view(rows, columns).numpy(),
-        comparison.query_attention(model, seen[0])[0].view(-1, rows, columns).numpy(),
+        heatmaps.pooling_weights(model, features)[0].view(rows, columns).numpy(),
+        heatmaps.query_attention(model, seen[0])[0].view(-1, rows, columns).numpy(),
         window=config.pool_window,
         caption=CAPTION,
     )

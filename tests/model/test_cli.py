@@ -18,7 +18,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from bench.cases import sparse_prefill
-from flashsloth import cli, comparison, drawing, tiny
+from flashsloth import cli, drawing, heatmaps, tiny
 from flashsloth.checkpoint import official_name
 from flashsloth.cli import main
 from flashsloth.comparison import FUSED, OFFICIAL, PLAIN
@@ -144,10 +144,10 @@ def test_pooling_weights_and_query_attention_are_distributions(photograph: Path)
         [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]
     )
     batch = processor(images=photograph, text=prompt)
-    with torch.inference_mode(), comparison.watching(model) as seen:
+    with torch.inference_mode(), heatmaps.watching(model) as seen:
         features = model(**batch).image_context.features
-        weights = comparison.pooling_weights(model, features)
-        attention = comparison.query_attention(model, seen[0])
+        weights = heatmaps.pooling_weights(model, features)
+        attention = heatmaps.query_attention(model, seen[0])
         model(**batch)
     windows = weights.view(2, 3, 2, 3).sum((1, 3))
     torch.testing.assert_close(windows, torch.ones(2, 2))
