@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from flashsloth import loading
+from flashsloth.chat_command import printable
 from flashsloth.data.broken import BatchReport, BrokenLog, Skipped, TooManyBroken
 from flashsloth.evaluation import store
 from flashsloth.evaluation.running import BATCH_SIZE, MAX_NEW_TOKENS, Result, evaluate
@@ -24,19 +25,15 @@ SHOWN = 10  # misses on the terminal
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", required=True, metavar="TASK", help="sight, sort-of-clevr, or a file of records")
-    parser.add_argument(
-        "--data", type=Path, metavar="DIR", help="what `flashsloth data make sight` wrote; default: made"
-    )
+    parser.add_argument("--data", type=Path, metavar="DIR", help="of `flashsloth data make sight`; default: made now")
     parser.add_argument("--images", type=Path, metavar="DIR", help="images of a file's records; default: its folder")
     parser.add_argument("--split", choices=SPLITS, help="of sight and sort-of-clevr; default: test")
     parser.add_argument("--seed", type=int, metavar="S", help="of pictures that are made; default: 0")
     parser.add_argument("--limit", type=loading.positive, metavar="N", help="the first N questions; default: all")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="scores and misses; answers in FILE.jsonl")
     parser.add_argument("--resume", action="store_true", help="go on with an evaluation that was interrupted")
-    parser.add_argument("--batch-size", type=loading.positive, default=BATCH_SIZE, metavar="N", help="default: 64")
-    parser.add_argument(
-        "--max-new-tokens", type=loading.positive, default=MAX_NEW_TOKENS, metavar="N", help="default: 64"
-    )
+    for name, default in (("--batch-size", BATCH_SIZE), ("--max-new-tokens", MAX_NEW_TOKENS)):
+        parser.add_argument(name, type=loading.positive, default=default, metavar="N", help="default: %(default)s")
     loading.add_arguments(parser)
 
 
@@ -137,11 +134,12 @@ def show(result: Result, misses: int) -> None:
     if wrong and misses:
         print(f"\nthe first {min(misses, len(wrong))} of {len(wrong)} misses")
     for one in wrong[:misses]:
-        print(f"  {one['image'] or one['record']}: {one['question']} expected {one['expected']!r}, got {one['got']!r}")
+        line = f"{one['image'] or one['record']}: {one['question']} expected {one['expected']!r}, got {one['got']!r}"
+        print(f"  {printable(line)}")
     if result.skipped:
         print(f"\n{len(result.skipped)} of {result.task.records} records cannot be used {_reasons(result.skipped)}")
         for broken in result.skipped[:misses]:
-            print(f"  {broken.name}: {broken.reason}: {broken.detail}")
+            print(f"  {printable(f'{broken.name}: {broken.reason}: {broken.detail}')}")
 
 
 def _run(

@@ -56,8 +56,9 @@ class Task:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of all questions and answers, in hexadecimal digits."""
-        return hashlib.sha256(json.dumps(self.questions).encode()).hexdigest()
+        """SHA-256 of all questions and answers, in hexadecimal digits: the same in memory and on disk."""
+        asked = [question._replace(name="") for question in self.questions]
+        return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
 
 def generated_task(
