@@ -89,13 +89,13 @@ class FlashSloth(lmms):
                 self.cache_hook.add_partial("generate_until", (asked[i][0], asked[i][1]), text)
         return answers
 
-    def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: Sequence[Any]) -> list[Any]:
         """For each request the loss of its continuation, and whether greedy decoding would give it.
 
         The loss is the mean of the negative logarithms of the probabilities of its tokens, the end token included: that
         is what lmms-eval picks the smallest of, whatever the name says, and what its other models return.
         """
-        found: list[tuple[float, bool]] = []
+        found: list[Any] = []
         for start in range(0, len(requests), self.batch_size):
             parts = []
             for request in requests[start : start + self.batch_size]:
@@ -104,7 +104,7 @@ class FlashSloth(lmms):
                 pictures = self._pictures(rest) if rest else []
                 text = target if isinstance(target, str) else target(self._document(rest))
                 parts.append((context, str(text), pictures))
-            found += self._losses(*self._inputs(parts))
+            found += map(_response, self._losses(*self._inputs(parts)))
         return found
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
@@ -186,6 +186,16 @@ class FlashSloth(lmms):
         losses = -(picked * wanted).sum(1) / wanted.sum(1)
         greedy = ((logits.argmax(-1) == labels) | ~wanted).all(1)
         return list(zip(losses.tolist(), greedy.tolist(), strict=True))
+
+
+def _response(pair: tuple[float, bool]) -> Any:
+    """The evaluator of lmms-eval 0.7 makes a text of every response that is none, also of the pairs it asks for here;
+    what is wrapped it leaves as it is."""
+    try:
+        from lmms_eval.api.instance import GenerationResult, unwrap_generation_output
+    except ImportError:
+        return pair
+    return pair if unwrap_generation_output(pair)[0] == pair else GenerationResult(text=pair)
 
 
 def _alike(settings: Sequence[Mapping[str, Any]], batch_size: int) -> Iterator[tuple[Mapping[str, Any], list[int]]]:

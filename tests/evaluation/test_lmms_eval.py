@@ -96,6 +96,10 @@ def requests(*second: Any, texts: list[str] | None = None) -> list[Any]:
     ]
 
 
+def losses(model: Any, asked: list[Any]) -> list[tuple[float, bool]]:
+    return [getattr(one, "text", one) for one in model.loglikelihood(asked)]
+
+
 def alone(model: Any, document: dict[str, Any], count: int) -> str:
     """By nothing of the plug-in but its model and processor."""
     content: list[dict[str, str]] = [{"type": "image"}] if pictures(document) else []
@@ -152,7 +156,7 @@ def test_a_mark_in_the_text_stands_for_the_picture(model: Any) -> None:
 
 def test_losses_are_those_of_the_tokens(model: Any) -> None:
     targets = ("cat", " dog", "", "four")
-    found = model.loglikelihood(requests(*targets))
+    found = losses(model, requests(*targets))
     assert len({loss for loss, _ in found}) == 4
     for document, target, (loss, greedy) in zip(DOCUMENTS, targets, found, strict=True):
         content: list[dict[str, str]] = [{"type": "image"}] if pictures(document) else []
@@ -173,10 +177,10 @@ def test_losses_are_those_of_the_tokens(model: Any) -> None:
 
 
 def test_a_target_may_be_a_function_and_a_choice_stand_by_itself(model: Any) -> None:
-    by_name = model.loglikelihood(requests("cat"))
-    by_call = model.loglikelihood(requests(lambda document: "cat"))
+    by_name = losses(model, requests("cat"))
+    by_call = losses(model, requests(lambda document: "cat"))
     assert by_call == by_name
-    alone = model.loglikelihood([SimpleNamespace(args=("", "cat"))])
+    alone = losses(model, [SimpleNamespace(args=("", "cat"))])
     assert len(alone) == 1
     assert alone[0][0] != by_name[0][0]
 
@@ -192,7 +196,7 @@ def test_greedy_text_is_told_as_such(model: Any) -> None:
 
     handle = model.model.register_forward_hook(force, with_kwargs=True)
     try:
-        same, other = model.loglikelihood(requests("ab", "ac", texts=["One?", "Two?"]))
+        same, other = losses(model, requests("ab", "ac", texts=["One?", "Two?"]))
     finally:
         handle.remove()
     assert len(passes) == 1  # both in one batch
@@ -294,7 +298,7 @@ def test_lmms_eval_runs_a_task_of_local_files(
         else:
             model.task_dict = {"shapes": {"test": DOCUMENTS}}
             pair = [
-                model.loglikelihood([SimpleNamespace(args=(document["question"], c, pictures, seed, "shapes", "test"))])
+                losses(model, [SimpleNamespace(args=(document["question"], c, pictures, seed, "shapes", "test"))])
                 for c in ("cat", "dog")
             ]
             better = ("cat", "dog")[int(pair[1][0][0] < pair[0][0][0])]

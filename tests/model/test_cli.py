@@ -347,8 +347,13 @@ def _folder(path: Path) -> Path:
 
 
 def test_wrong_input_gives_one_line_and_writes_nothing(
-    checkpoint: Path, photograph: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    checkpoint: Path,
+    photograph: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setattr("flashsloth.shipped.WEIGHTS", tmp_path / "nothing ships")
     cases = _wrong(checkpoint, photograph, tmp_path)
     files = sorted(tmp_path.rglob("*"))
     for name, (arguments, said) in cases.items():
