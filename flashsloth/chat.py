@@ -161,9 +161,16 @@ class Conversation:
         self.messages, self.last = [], None
 
     def stop(self) -> None:
-        """End the answer that is under way, if one is."""
+        """End the answer that is under way, if one is.
+
+        Raises:
+            RuntimeError: another thread is reading it this moment.
+        """
         if self._answering is not None:
-            self._answering.close()
+            try:
+                self._answering.close()
+            except ValueError as error:  # the generator is running
+                raise RuntimeError("conversation: expected one question at a time, got another") from error
             self._answering = None
 
     @torch.no_grad()

@@ -136,7 +136,8 @@ def printable(text: str) -> str:
 
 def _forgiving(stream: object, errors: str) -> None:
     if hasattr(stream, "reconfigure"):
-        stream.reconfigure(errors=errors)
+        with contextlib.suppress(OSError):  # something was read from it already
+            stream.reconfigure(errors=errors)
 
 
 def _note(text: str) -> None:

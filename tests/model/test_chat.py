@@ -191,6 +191,25 @@ def test_an_interrupt_within_the_model_leaves_no_half_cache(talk: Conversation, 
     assert answer.ids == uncached(talk, picture())
 
 
+def test_one_question_at_a_time(talk: Conversation) -> None:
+    errors: list[BaseException] = []
+
+    def ask_too(*_: Any) -> None:
+        try:
+            talk.ask(QUESTIONS[1])
+        except RuntimeError as error:
+            errors.append(error)
+
+    handle = talk.model.register_forward_pre_hook(ask_too)
+    try:
+        say(talk, QUESTIONS[0], picture(), count=2)
+    finally:
+        handle.remove()
+    assert errors
+    assert all("expected one question at a time" in str(error) for error in errors)
+    assert len(talk.messages) == 2
+
+
 # ---- texts ----
 
 
