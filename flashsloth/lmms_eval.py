@@ -70,7 +70,8 @@ class FlashSloth(lmms):
             torch.cuda.set_device(self.accelerator.local_process_index)
         kind = None if device is None else device.partition(":")[0]
         loaded = load_model(None if pretrained is None else Path(pretrained), hd=image_hd, dtype=dtype, device=kind)
-        self.model, self.processor, self.image_hd = loaded.model, loaded.processor, loaded.image_hd
+        self.model: Any = loaded.model  # the annotations of generate do not fit its own mixin
+        self.processor, self.image_hd = loaded.processor, loaded.image_hd
         self.batch_size = int(batch_size)
 
     @property
