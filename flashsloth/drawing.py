@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from flashsloth.overlay import onto_picture, tint
+
 FORMATS = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
 SIZE_INCHES, DPI = (15.0, 6.75), 110
 PANEL, MARGIN, BOTTOM = 4.6, 0.4, 0.95  # inches; the gap between panels takes what is left
@@ -97,24 +99,14 @@ def _heading(figure: Any, panel: int, name: str, note: str) -> None:
     _text(figure, left, bottom + PANEL + 0.4, name, 13, bold=True)
 
 
-def _tinted(photo: np.ndarray, values: np.ndarray, smooth: bool) -> np.ndarray:
-    """The photograph in greys, its light taken on by the colour of the values: least is dark, most is bright."""
-    from matplotlib import colormaps
-
-    low, high = float(values.min()), float(values.max())
-    share = (values - low) / (high - low) if high > low else np.full_like(values, 0.5)
-    scaled = Image.fromarray(share.astype(np.float32)).resize(
-        photo.shape[1::-1], Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
-    )
-    colour = colormaps[COLOURS](np.clip(np.asarray(scaled), 0, 1))[..., :3]
-    light = (photo @ np.array([0.299, 0.587, 0.114]))[..., None]
-    return np.clip(colour * (0.45 + 0.75 * light) + 0.10 * light, 0, 1)
+def _tinted(photo: np.ndarray, values: np.ndarray, *, smooth: bool = False) -> np.ndarray:
+    return tint(photo, onto_picture(values[None], photo.shape[1::-1], smooth=smooth))
 
 
 def _pooling(figure: Any, photo: np.ndarray, weights: np.ndarray, window: int) -> None:
     left, bottom = _corner(1)
     axes = _axes(figure, left, bottom, PANEL)
-    axes.imshow(_tinted(photo, weights, smooth=False))
+    axes.imshow(_tinted(photo, weights))
     side, (rows, columns) = photo.shape[0], weights.shape
     for lines, count in ((axes.axhline, rows), (axes.axvline, columns)):
         for edge in range(window, count, window):

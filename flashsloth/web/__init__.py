@@ -1,0 +1,1 @@
+"""``flashsloth serve``: a page on which people ask about their pictures and see where the model looks."""
