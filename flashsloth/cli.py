@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = _parser(command).parse_args(given)
         options.run(options)
     except ModuleNotFoundError as error:
-        extra = "data" if command in ("data", "eval") else "demo"
+        extra = {"data": "data", "eval": "data", "serve": "serve"}.get(command, "demo")
         return _fail(f"the package {error.name} is missing: pip install 'flashsloth[{extra}]'")
     except (ValueError, TypeError, OSError, BackendError) as error:
         return _fail(str(error))
@@ -90,6 +90,13 @@ def _parser(command: str = "") -> argparse.ArgumentParser:
     inspect = commands.add_parser("inspect", help="parameters, tokens and memory of a checkpoint, without loading it")
     inspect.add_argument("directory", type=Path, metavar="DIR")
     inspect.set_defaults(run=_inspect)
+
+    serve = commands.add_parser("serve", help="a page to ask about pictures, with maps of where the model looks")
+    if command == "serve":
+        from flashsloth.web import server
+
+        server.add_arguments(serve)
+        serve.set_defaults(run=server.main)
 
     data = commands.add_parser("data", help="make a data set of pictures and questions: data make sight --out DIR")
     if command == "data":

@@ -21,7 +21,7 @@ def relative_pooling(weights: np.ndarray, window: int) -> np.ndarray:
 
 
 def relative_attention(attention: np.ndarray) -> np.ndarray:
-    """Attention ``(tiles, rows, columns)``, which sums to one over all tokens, times their number: 1 is an even share."""
+    """Attention ``(tiles, rows, columns)``, which sums to one, times the number of tokens: 1 is an even share."""
     return attention * attention.size
 
 
@@ -31,8 +31,8 @@ def onto_picture(
     """Put the values of vision tokens where the tokens lie in the picture.
 
     Args:
-        values: ``(tiles, rows, columns)``: one tile, or five in HD, of which the first is the whole picture squashed to a
-            square and the others are the quarters of the picture padded to a square.
+        values: ``(tiles, rows, columns)``: one tile, or five in HD, of which the first is the whole picture squashed
+            to a square and the others are the quarters of the picture padded to a square.
         size: width and height of the result, in pixels, in the proportions of the picture.
         padded: the one tile is the picture padded to a square, not squashed.
         smooth: bicubic between tokens, else each token is a plain rectangle.

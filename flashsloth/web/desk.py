@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 
 class View(NamedTuple):
-    """What to show, as HTML; None leaves a part as it is. ``done``: the question was taken, its field can be cleared."""
+    """What to show, as HTML; None leaves a part as it is. ``done``: what was sent was taken; clear its field."""
 
     message: str | None = None
     picture: str | None = None
@@ -56,9 +56,12 @@ class Desk:
         processor: FlashSlothProcessor,
         limits: Limits,
         sessions: Sessions | None = None,
+        *,
+        image_hd: bool | None = None,
         answer_tokens: int = ANSWER_TOKENS,
     ) -> None:
-        self.model, self.processor, self.limits, self.answer_tokens = model, processor, limits, answer_tokens
+        self.model, self.processor, self.limits = model, processor, limits
+        self.image_hd, self.answer_tokens = image_hd, answer_tokens
         self.sessions = Sessions() if sessions is None else sessions
         self._reserved = [IMAGE_TOKEN, QUERY_TOKEN, *special_tokens(processor.tokenizer)]
 
@@ -66,7 +69,7 @@ class Desk:
         """Begin a conversation about the picture in ``path``, which is deleted, whatever it holds."""
         try:
             picture = read_picture(Path(path), self.limits)
-            conversation = Conversation(self.model, self.processor)
+            conversation = Conversation(self.model, self.processor, image_hd=self.image_hd)
             conversation.set_image(picture)
             small = small_copy(picture)
         except PictureError as error:
@@ -89,12 +92,10 @@ class Desk:
         if problem:
             yield _refused(problem)
             return
-        question, before = question.strip(), len(session.turns)
         session.stop.clear()
         try:
-            yield from self._answer(session, question)
-        except ValueError as error:  # too long a conversation, or words that are reserved
-            del session.turns[before:]
+            yield from self._answer(session, question.strip())
+        except ValueError as error:  # too long a conversation
             yield _refused(_for_people(str(error)))._replace(talk=talk_view(session.turns))
         except Exception:
             logger.exception("a question could not be answered")
@@ -114,10 +115,9 @@ class Desk:
         conversation, turns = session.conversation, session.turns
         pieces = conversation.ask(question, max_new_tokens=self.answer_tokens)
         turns.append((question, ""))
-        begun = mapped = False
+        mapped = False
         try:
             yield View(message="", talk=talk_view(turns, writing=True), done=True)
-            begun = True
             for piece in pieces:
                 turns[-1] = (question, turns[-1][1] + piece)
                 # The maps belong to the question, and are there before the answer is.
@@ -128,8 +128,7 @@ class Desk:
                     break
         finally:
             conversation.stop()  # also where the one who reads has gone
-            if not begun:
-                turns.pop()
+            del turns[len(conversation.messages) // 2 :]  # a question of which no answer was begun
         maps = None if mapped else maps_view(session.picture, conversation, question)
         times = times_view(conversation.last, self._visual_tokens(conversation))
         stopped = "The answer was stopped." if session.stop.is_set() else ""

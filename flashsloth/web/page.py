@@ -63,8 +63,9 @@ def build_page(desk: Desk, about: str) -> gr.Blocks:
         def parts(view: View) -> list[Any]:
             return [gr.skip() if part is None else part for part in view[:5]]
 
-        def open_picture(path: str | None, request: gr.Request) -> list[Any]:
-            if path is None:  # the field was emptied
+        def open_picture(uploaded: Any, request: gr.Request) -> list[Any]:
+            path = uploaded.get("path") if isinstance(uploaded, dict) else None
+            if not isinstance(path, str):  # the field was emptied
                 return [*parts(View()), gr.skip(), gr.skip()]
             view = desk.open(_key(request), path)
             took = view.done
@@ -95,9 +96,10 @@ def build_page(desk: Desk, about: str) -> gr.Blocks:
 
         # One thing at a time is done with the model, over all sessions; the others wait in a queue.
         alone: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "show_progress": "hidden"}
-        for field in (drop, another):
-            name = "picture" if field is drop else False
-            field.upload(open_picture, field, [*shown, drop, another], api_name=name, **alone)
+        # Without preprocessing Gradio neither copies the file nor looks at its name; the guard has seen to its path.
+        opened = {"fn": open_picture, "outputs": [*shown, drop, another], "preprocess": False, **alone}
+        drop.upload(inputs=drop, api_name="picture", **opened)
+        another.upload(inputs=another, api_visibility="private", **opened)
         asked = gr.on(
             [ask.click, question.submit],
             ask_question,
@@ -109,7 +111,7 @@ def build_page(desk: Desk, about: str) -> gr.Blocks:
         )
         # Through the queue as well, beside what runs there: past the queue there is no way to this server (guard.py).
         beside: dict[str, Any] = {"concurrency_limit": None, "show_progress": "hidden"}
-        asked.then(finished, None, stop, api_name=False, **beside)
+        asked.then(finished, None, stop, api_visibility="private", **beside)
         stop.click(stop_answer, None, None, api_name="stop", **beside)
         page.unload(close)
     return page
@@ -145,6 +147,6 @@ def _key(request: gr.Request) -> str:
 
 def _heading(about: str) -> str:
     return (
-        "<h1>FlashSloth</h1><p>Ask about a picture. The model reads a compressed copy, and looks again at the whole one for "
-        f'your question.</p><p class="quiet">{escape(about)}</p>'
+        "<h1>FlashSloth</h1><p>Ask about a picture. The model reads a compressed copy, and looks again at the whole "
+        f'one for your question.</p><p class="quiet">{escape(about)}</p>'
     )

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib.util
+import ipaddress
 import os
 import socket
+import tempfile
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from flashsloth import loading, shipped
 from flashsloth.web.desk import Desk
 from flashsloth.web.guard import Guard
 from flashsloth.web.uploads import Limits
@@ -119,13 +123,44 @@ async def _sweep_for_ever(folder: Path) -> None:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", type=Path, metavar="DIR", help="checkpoint, in our layout or the official one")
+    loading.add_arguments(parser)
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: everyone who reaches it (default: %(default)s)")
     parser.add_argument("--port", type=int, default=7860, help="0: any that is free (default: %(default)s)")
-    parser.add_argument("--hd", action="store_true", help="five tiles a picture, for detail and text")
     parser.add_argument("--max-mb", type=float, default=Limits.megabytes, metavar="N", help="default: %(default)g")
     parser.add_argument(
         "--max-megapixels", type=float, default=Limits.megapixels, metavar="N", help="default: %(default)g"
     )
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one, else cpu")
+
+
+def main(options: argparse.Namespace) -> None:
+    """Serve until interrupted."""
+    limits = Limits(options.max_mb, options.max_megapixels)
+    if not 0 <= options.port < 65536:
+        raise ValueError(f"--port: expected 0 to 65535, got {options.port}")
+    _check_installed()
+    with listening(options.host, options.port) as opened, tempfile.TemporaryDirectory(prefix="flashsloth-") as folder:
+        loaded = loading.load(options)
+        desk = Desk(loaded.model, loaded.processor, limits, image_hd=loaded.image_hd)
+        server = build_server(build_application(desk, Path(folder), _about(loaded)))
+        host, port = opened.getsockname()[:2]
+        print(f"serving     http://{f'[{host}]' if ':' in host else host}:{port}/   (Ctrl-C ends it)", flush=True)
+        if not ipaddress.ip_address(host).is_loopback:
+            print("open to     everyone who reaches this address; there is no password", flush=True)
+        server.run(sockets=[opened])
+
+
+def _check_installed() -> None:
+    """Before the model, which takes longer to load. ModuleNotFoundError names what is missing."""
+    for name in ("gradio", "uvicorn"):
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+def _about(loaded: loading.Loaded) -> str:
+    """One line for the page: no path, as that is nobody's business there."""
+    model = loaded.model
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    size = f"{millions / 1000:.1f} billion" if millions >= 1000 else f"{millions:.1f} million"
+    dtype = str(model.dtype).removeprefix("torch.")
+    name = "the model that ships" if loaded.directory == shipped.WEIGHTS else loaded.directory.resolve().name
+    return f"{name}: {size} parameters, {dtype} on {model.device.type}"

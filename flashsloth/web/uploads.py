@@ -10,7 +10,7 @@ from PIL import Image, UnidentifiedImageError
 
 from flashsloth.image_processing import load_rgb
 
-# What cameras, phones and browsers make. Pillow reads more, by decoders that are rarely run (EPS even starts a program).
+# What cameras, phones and browsers make. Pillow reads more, by decoders that few run (for EPS it starts a program).
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp")
 MEGA = 1_000_000

@@ -21,7 +21,9 @@ def tiny_desk(
     limits: Limits | None = None, sessions: Sessions | None = None, answer_tokens: int = 12, **changes: Any
 ) -> Desk:
     config = tiny.tiny_config(**changes)
-    return Desk(tiny.random_model(config), tiny.processor_for(config), limits or Limits(), sessions, answer_tokens)
+    return Desk(
+        tiny.random_model(config), tiny.processor_for(config), limits or Limits(), sessions, answer_tokens=answer_tokens
+    )
 
 
 @contextmanager

@@ -26,7 +26,7 @@ def test_formats_of_cameras_and_browsers_are_read(tmp_path: Path, kind: str) -> 
 def test_other_formats_are_refused_whatever_they_are_called(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "picture.png"
     photo().save(path, format=kind)
-    with pytest.raises(PictureError, match="not a picture that can be read. Please send PNG, JPEG, WEBP, GIF or BMP"):
+    with pytest.raises(PictureError, match=r"not a picture that can be read. Please send PNG, JPEG, WEBP, GIF or BMP"):
         read_picture(path, Limits())
 
 
@@ -77,7 +77,7 @@ def test_cut_files_are_refused(tmp_path: Path, kind: str) -> None:
     data = path.read_bytes()
     for share in (0.02, 0.3, 0.8):
         path.write_bytes(data[: max(1, int(share * len(data)))])
-        with pytest.raises(PictureError, match="(not a picture|damaged)"):
+        with pytest.raises(PictureError, match=r"(not a picture|damaged)"):
             read_picture(path, Limits())
 
 
