@@ -10,10 +10,11 @@ from typing import Any
 import gradio as gr
 
 from flashsloth.web.desk import Desk, View
-from flashsloth.web.uploads import ENDINGS
+from flashsloth.web.uploads import ENDINGS, Limits
 from flashsloth.web.views import NO_MAPS
 
 STYLE = Path(__file__).with_name("style.css")
+SCRIPT = Path(__file__).with_name("uploads.js")
 FONT = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "sans-serif")
 MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
 
@@ -31,6 +32,7 @@ def build_page(desk: Desk, about: str) -> gr.Blocks:
                     height=220,
                     elem_id="drop",
                 )
+                gr.HTML('<p id="refused" class="message error" role="alert" hidden></p>', elem_id="file")
                 picture = gr.HTML(elem_id="picture")
                 message = gr.HTML(elem_id="message")
                 talk = gr.HTML(elem_id="talk")
@@ -115,6 +117,11 @@ def build_page(desk: Desk, about: str) -> gr.Blocks:
         stop.click(stop_answer, None, None, api_name="stop", **beside)
         page.unload(close)
     return page
+
+
+def head(limits: Limits) -> str:
+    """What goes into the head of the page."""
+    return f"<script>{SCRIPT.read_text().replace('MOST_BYTES', str(limits.bytes))}</script>"
 
 
 def theme() -> gr.themes.Base:

@@ -38,7 +38,7 @@ def build_application(desk: Desk, folder: Path, about: str) -> Any:
     import fastapi
     import gradio as gr
 
-    from flashsloth.web.page import STYLE, build_page, theme
+    from flashsloth.web.page import STYLE, build_page, head, theme
 
     @asynccontextmanager
     async def sweeping(_: Any) -> AsyncIterator[None]:
@@ -65,6 +65,7 @@ def build_application(desk: Desk, folder: Path, about: str) -> Any:
         enable_monitoring=False,
         theme=theme(),
         css_paths=STYLE,
+        head=head(desk.limits),
     )
     return Guard(inner, folder, desk.limits.bytes)
 

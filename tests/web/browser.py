@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
@@ -25,6 +24,19 @@ _BECOME = (
 
 def find_browser() -> str | None:
     return next((path for name in NAMES if (path := shutil.which(name))), None)
+
+
+_CONTRAST = """element => {
+  const channels = text => text.match(/[\\d.]+/g).map(Number);
+  let behind = element;
+  const seen = node => channels(getComputedStyle(node).backgroundColor);
+  while (behind.parentElement && seen(behind).length == 4 && seen(behind)[3] == 0) behind = behind.parentElement;
+  const light = colour => colour.slice(0, 3).map(value => value / 255)
+    .map(value => value <= 0.03928 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, value, at) => sum + value * [0.2126, 0.7152, 0.0722][at], 0);
+  const both = [light(channels(getComputedStyle(element).color)), light(seen(behind))].sort((a, b) => b - a);
+  return (both[0] + 0.05) / (both[1] + 0.05);
+}"""
 
 
 class Browser:
@@ -65,12 +77,7 @@ class Browser:
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
 
-    def __enter__(self) -> Browser:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
         try:
             self._session = ""
             self.call("Browser.close", seconds=5)
@@ -142,6 +149,18 @@ class Browser:
         key = {"key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 13, "text": "\r"}
         self.call("Input.dispatchKeyEvent", type="keyDown", **key)
         self.call("Input.dispatchKeyEvent", type="keyUp", **key)
+
+    def unnamed(self, roles: tuple[str, ...]) -> list[str]:
+        """The visible controls of these roles, as the browser tells a screen reader, that have no name."""
+        nodes = [node for node in self.call("Accessibility.getFullAXTree")["nodes"] if not node["ignored"]]
+        found = [node for node in nodes if node.get("role", {}).get("value") in roles]
+        if not found:
+            raise LookupError(f"no control of {roles}")
+        return [node["role"]["value"] for node in found if not node.get("name", {}).get("value", "").strip()]
+
+    def contrast(self, selector: str) -> float:
+        """Of the text to what is behind it (WCAG 2), where both are plain colours."""
+        return float(self.evaluate(f"({_CONTRAST})(document.querySelector({json.dumps(selector)}))"))
 
     def screenshot(self, path: Path, whole: bool = True) -> None:
         data = self.call("Page.captureScreenshot", captureBeyondViewport=whole)["data"]
