@@ -1,5 +1,5 @@
-"""The command line: ``flashsloth demo``, ``ask IMAGE QUESTION``, ``chat IMAGE``, ``eval --task TASK``, ``inspect DIR``,
-``data make sight --out DIR``."""
+"""The command line: ``flashsloth demo``, ``ask IMAGE QUESTION``, ``chat IMAGE``, ``serve``, ``eval --task TASK``,
+``inspect DIR``, ``data make sight --out DIR``."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -82,7 +82,7 @@ class Desk:
         self.sessions.put(key, Session(small, conversation))
         return View(message="", picture=picture_view(small), talk="", maps=NO_MAPS, times="", done=True)
 
-    def ask(self, key: str, question: str) -> Iterator[View]:
+    def ask(self, key: str, question: str) -> Generator[View, None, None]:
         """The views while an answer is written. Closing the iterator, or :meth:`stop`, ends the answer."""
         session = self.sessions.get(key)
         if session is None:

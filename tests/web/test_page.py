@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -102,6 +103,14 @@ def test_picture_question_answer_and_two_maps(opened: Callable[..., Browser], ur
     assert second[0] == first[0]  # pooling does not depend on the question
     assert second[1] != first[1]
     assert "before, kept" in browser.evaluate("document.querySelector('#times').innerText")
+
+    shown = browser.evaluate("document.querySelector('#picture img').src")
+    photo(90, 90, seed=1).save(picture)
+    browser.upload("#buttons input[type=file]", picture)  # another picture, a new conversation
+    browser.wait(f"document.querySelector('#picture img').src != {json.dumps(shown)}")
+    assert not browser.evaluate("Boolean(document.querySelector('#talk p, #maps figure, #times dl'))")
+    ask(browser, "What is in this one?", 1)
+    browser.wait("document.querySelectorAll('#maps figure img').length == 2")
 
     assert browser.unnamed(CONTROLS) == []
     assert browser.errors == []
