@@ -15,6 +15,7 @@ from flashsloth.chat import Conversation
 from flashsloth.web.desk import NO_PICTURE, Desk
 from flashsloth.web.sessions import Sessions
 from flashsloth.web.uploads import Limits
+from tests.support import ROOT
 from tests.web.client import Client, Refused
 from tests.web.pictures import bomb, photo
 
@@ -319,4 +320,6 @@ def test_the_page_names_no_other_machine(server: Served) -> None:
     page = server.client().get("")
     assert "fonts.googleapis" not in page
     assert "cdnjs" not in page
+    assert str(server.uploads) not in page
+    assert str(ROOT) not in page
     assert 'analytics_enabled":true' not in page.replace(" ", "")
