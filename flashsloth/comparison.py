@@ -18,6 +18,7 @@ from bench.cases import embedded_query, sparse_prefill, spatial_pool
 from bench.timing import interleave, quantiles
 from flashsloth.heatmaps import Seen
 from flashsloth.modeling import FlashSlothForConditionalGeneration
+from flashsloth.modules import SpatialAttentionPool
 from flashsloth_ops import use_backend
 
 FUSED, PLAIN, OFFICIAL = "fused", "plain PyTorch", "official style"
@@ -60,6 +61,7 @@ def measure_sparse(size: benchmark.Size, budget: float) -> OpTimes:
 
 
 def _pooling_inputs(model: FlashSlothForConditionalGeneration, features: Tensor) -> Inputs:
+    assert isinstance(model.pooling, SpatialAttentionPool)
     hidden, score = model.pooling.mlp["0"], model.pooling.mlp["3"]
     weights = {"w1": hidden.weight, "b1": hidden.bias, "w2": score.weight, "b2": score.bias}
     return {"x": features, **weights, "side": model.config.vision_grid[0], "window": model.config.pool_window}

@@ -31,6 +31,7 @@ PHI_2: dict[str, Any] = {
     "resid_pdrop": 0.1,
 }
 HD_TILES = 5
+POOLINGS = ("attention", "average", "pixel_shuffle", "none")
 
 
 class FlashSlothConfig(PretrainedConfig):
@@ -42,9 +43,12 @@ class FlashSlothConfig(PretrainedConfig):
             causal language model with the usual list of layers. Default phi-2.
         vision_select_layer: negative index of the tower layer whose output is used; later layers are not built.
         image_hd: an image is five tiles (the whole, then its four quarters), not one.
-        pool_window: side of the pooling window, in vision tokens.
+        pooling: how the tokens of a window become one: "attention" (the paper's), "average", "pixel_shuffle" (all of
+            them side by side, a token as wide as the window has places; the window must divide the grid) or "none":
+            every vision token is a visual token. The last three have no weights; they are for comparison.
+        pool_window: side of the pooling window, in vision tokens; "none" does not read it.
         pool_dropout: dropout on the hidden layer of the pooling scores, in training.
-        num_queries: embedded queries behind each question.
+        num_queries: embedded queries behind each question; 0 for a model without them and without their module.
         query_layer: the query module runs before the decoder layer of this index.
         query_dim: inner width of the query module.
         query_heads: heads of the query module; None takes those of the decoder.
@@ -67,6 +71,7 @@ class FlashSlothConfig(PretrainedConfig):
         text_config: PretrainedConfig | dict[str, Any] | None = None,
         vision_select_layer: int = -2,
         image_hd: bool = False,
+        pooling: str = "attention",
         pool_window: int = 3,
         pool_dropout: float = 0.1,
         num_queries: int = 9,
@@ -88,6 +93,7 @@ class FlashSlothConfig(PretrainedConfig):
         self.vision_config.vision_use_head = False
         self.vision_select_layer = vision_select_layer
         self.image_hd = image_hd
+        self.pooling = pooling
         self.pool_window = pool_window
         self.pool_dropout = pool_dropout
         self.num_queries = num_queries
@@ -125,7 +131,14 @@ class FlashSlothConfig(PretrainedConfig):
     def tokens_per_tile(self) -> int:
         """Visual tokens the language model sees of one tile."""
         rows, columns = self.vision_grid
-        return -(-rows // self.pool_window) * -(-columns // self.pool_window)
+        window = 1 if self.pooling == "none" else self.pool_window
+        return -(-rows // window) * -(-columns // window)
+
+    @property
+    def pooled_width(self) -> int:
+        """Width of a pooled token, which the projector takes."""
+        tokens = self.pool_window**2 if self.pooling == "pixel_shuffle" else 1
+        return int(self.vision_config.hidden_size) * tokens
 
     @property
     def num_visual_tokens(self) -> int:
@@ -174,17 +187,19 @@ class FlashSlothConfig(PretrainedConfig):
                 f"vision_select_layer: expected -{vision.num_hidden_layers} to -1 for a tower of "
                 f"{vision.num_hidden_layers} layers, got {self.vision_select_layer}"
             )
-        if not 1 <= self.query_layer < text.num_hidden_layers:
+        for name, least in (("pool_window", 1), ("num_queries", 0), ("query_dim", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}: expected {least} or more, got {getattr(self, name)}")
+        if self.num_queries:
+            self._check_queries()
+        if self.pooling not in POOLINGS:
+            raise ValueError(f"pooling: expected one of {', '.join(POOLINGS)}, got {self.pooling!r}")
+        if self.pooling == "pixel_shuffle" and any(side % self.pool_window for side in self.vision_grid):
+            rows, columns = self.vision_grid
             raise ValueError(
-                f"query_layer: expected 1 to {text.num_hidden_layers - 1} for a decoder of "
-                f"{text.num_hidden_layers} layers, got {self.query_layer}"
+                f"pool_window: expected a divisor of the grid {rows}x{columns} with pooling='pixel_shuffle', "
+                f"got {self.pool_window}"
             )
-        for name, width in (("query_dim", self.query_dim), ("vision_config.hidden_size", vision.hidden_size)):
-            if self.query_heads < 1 or width % self.query_heads:
-                raise ValueError(f"query_heads: expected a divisor of {name} = {width}, got {self.query_heads}")
-        for name in ("pool_window", "num_queries", "query_dim"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected 1 or more, got {getattr(self, name)}")
         if not 0.0 <= self.pool_dropout < 1.0:
             raise ValueError(f"pool_dropout: expected 0 <= p < 1, got {self.pool_dropout}")
         for name in ("image_token_id", "learnable_token_id", "query_offset_token_id"):
@@ -196,6 +211,17 @@ class FlashSlothConfig(PretrainedConfig):
             raise ValueError(f"image_token_id, learnable_token_id: expected different ids, got {self.image_token_id}")
         if self.image_aspect_ratio not in ("square", "pad"):
             raise ValueError(f"image_aspect_ratio: expected 'square' or 'pad', got {self.image_aspect_ratio!r}")
+
+    def _check_queries(self) -> None:
+        vision, text = self.vision_config, self.text_config
+        if not 1 <= self.query_layer < text.num_hidden_layers:
+            raise ValueError(
+                f"query_layer: expected 1 to {text.num_hidden_layers - 1} for a decoder of "
+                f"{text.num_hidden_layers} layers, got {self.query_layer}"
+            )
+        for name, width in (("query_dim", self.query_dim), ("vision_config.hidden_size", vision.hidden_size)):
+            if self.query_heads < 1 or width % self.query_heads:
+                raise ValueError(f"query_heads: expected a divisor of {name} = {width}, got {self.query_heads}")
 
 
 def _sub_config(name: str, value: PretrainedConfig | dict[str, Any] | None, default: dict[str, Any]) -> Any:

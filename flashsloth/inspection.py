@@ -36,7 +36,9 @@ class Inspection:
         dtypes: tensors of each dtype.
         parameters: by part, in the order of :data:`PARTS`; tensors of no part under "other".
         vision_tokens, visual_tokens: of one image: before and after pooling.
-        num_queries: embedded queries behind each question.
+        pooling: how they become fewer, ``config.pooling``.
+        pool_window: side of the pooling window.
+        num_queries, query_layer: embedded queries behind each question, and the decoder layer before which they read.
         cache_per_token: numbers the key-value cache keeps for a token.
     """
 
@@ -46,7 +48,10 @@ class Inspection:
     parameters: dict[str, int]
     vision_tokens: int
     visual_tokens: int
+    pooling: str
+    pool_window: int
     num_queries: int
+    query_layer: int
     cache_per_token: int
 
     @property
@@ -95,7 +100,10 @@ def inspect_checkpoint(directory: Path) -> Inspection:
         parameters=parameters,
         vision_tokens=config.num_tiles * rows * columns,
         visual_tokens=config.num_visual_tokens,
+        pooling=config.pooling,
+        pool_window=config.pool_window,
         num_queries=config.num_queries,
+        query_layer=config.query_layer,
         cache_per_token=2 * text.num_hidden_layers * heads * head_dim,
     )
 
@@ -118,10 +126,19 @@ def render(found: Inspection) -> Group:
         Text(f"{found.layout} layout, {found.tensors} tensors ({stored})"),
         Text(
             f"an image is {found.vision_tokens} vision tokens, {found.visual_tokens} after pooling (-{fewer:.0%}); "
-            f"{found.num_queries} embedded queries a question"
+            f"{found.num_queries or 'no'} embedded queries a question"
         ),
+        Text(_variant(found)),
         table,
     )
+
+
+def _variant(found: Inspection) -> str:
+    """Which of the model's variants a checkpoint is, in words."""
+    windows = f"windows of {found.pool_window}x{found.pool_window}"
+    kinds = {"attention": "attention within", "average": "average of", "pixel_shuffle": "pixel shuffle of"}
+    pooling = f"{kinds[found.pooling]} {windows}" if found.pooling in kinds else "none"
+    return f"pooling: {pooling}" + (f"; queries read before layer {found.query_layer}" if found.num_queries else "")
 
 
 def _size(count: float) -> str:

@@ -31,7 +31,7 @@ from flashsloth.context import (
     place_images,
     require,
 )
-from flashsloth.modules import EmbeddedQuery, LearnableTokens, PlainLinear, Projector, SpatialAttentionPool
+from flashsloth.modules import EmbeddedQuery, LearnableTokens, PlainLinear, PlainPool, Projector, SpatialAttentionPool
 from flashsloth.packing import PackedRows
 from flashsloth_ops import ImageState
 
@@ -117,17 +117,19 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, GenerationMi
         tower = getattr(self.vision_tower, "vision_model", self.vision_tower)  # nested in some versions
         del tower.encoder.layers[config.vision_layers :]
         tower.post_layernorm = nn.Identity()  # features are the output of the last layer that is kept
-        self.pooling = SpatialAttentionPool(config)
+        self.pooling = SpatialAttentionPool(config) if config.pooling == "attention" else PlainPool(config)
         self.projector = Projector(config)
-        self.learnable_tokens = LearnableTokens(config)
-        self.embedded_query = EmbeddedQuery(config)
+        if config.num_queries:
+            self.learnable_tokens = LearnableTokens(config)
+            self.embedded_query = EmbeddedQuery(config)
         self.language_model = AutoModelForCausalLM.from_config(config.text_config)
         decoder = self.language_model.base_model
         if not isinstance(getattr(decoder, "layers", None), nn.ModuleList):
             raise ValueError(
                 f"text_config: expected a decoder with a list `layers`, got {type(decoder).__name__} without one"
             )
-        decoder.layers[config.query_layer - 1].register_forward_hook(self._update_queries, with_kwargs=True)
+        if config.num_queries:
+            decoder.layers[config.query_layer - 1].register_forward_hook(self._update_queries, with_kwargs=True)
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -168,16 +170,27 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, GenerationMi
         pixel_values ``(images, tiles, 3, S, S)``; ``row_image`` int64 ``(B,)`` says which image each row of the
         batch shows, -1 for none; by default row b shows image b.
         """
-        features = self.get_image_features(pixel_values)
-        images = features.shape[0]
+        return self.context_of_features(self.get_image_features(pixel_values), row_image)
+
+    def context_of_features(self, features: Tensor, row_image: Tensor | None = None) -> ImageContext:
+        """The same from what the tower gave, ``(images, tiles * H*W, Di)``: pooling, projector and query module alone.
+
+        For features that are kept, where many runs share one frozen tower.
+        """
         rows, columns = self.config.vision_grid
-        tiles = features.view(-1, rows * columns, features.shape[-1])
-        tokens = self.projector(self.pooling(tiles))
+        width = self.config.vision_config.hidden_size
+        if features.dim() != 3 or features.shape[1] % (rows * columns) or features.shape[2] != width:
+            raise ValueError(
+                f"features: expected (images, tiles * {rows * columns}, {width}), got {tuple(features.shape)}"
+            )
+        images = features.shape[0]
+        tokens = self.projector(self.pooling(features.reshape(-1, rows * columns, width)))
         aligned = 0
         if row_image is None:
             row_image, aligned = torch.arange(images, device=features.device), 1
         # While gradients are recorded they flow through the op itself; a stored state would only take memory.
-        state = None if torch.is_grad_enabled() else self.embedded_query.image_state(features)
+        stateless = torch.is_grad_enabled() or not self.config.num_queries
+        state = None if stateless else self.embedded_query.image_state(features)
         return ImageContext(features, tokens.reshape(images, -1, tokens.shape[-1]), row_image, aligned, state)
 
     def forward(
@@ -348,6 +361,8 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, GenerationMi
             raise TypeError(f"question_spans: expected an integer tensor, got {question_spans.dtype}")
         where = locate_queries(input_ids, question_spans.long(), past, config.learnable_token_id, config.num_queries)
         check_questions(input_ids, where, (config.image_token_id, config.learnable_token_id))
+        if not config.num_queries:
+            return embeds, None
         offset = embed(input_ids.new_full((1,), config.query_offset_token_id))
         queries = (self.learnable_tokens.token + offset).to(embeds.dtype)
         queries = queries.index_select(0, (where.slot % config.num_queries).flatten()).view_as(embeds)

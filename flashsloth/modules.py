@@ -41,12 +41,33 @@ class SpatialAttentionPool(nn.Module):
         return pooled
 
 
+class PlainPool(nn.Module):
+    """What attention pooling is compared with: average or pixel shuffle of each window, or every token as it is."""
+
+    def __init__(self, config: FlashSlothConfig) -> None:
+        super().__init__()
+        self.kind, self.grid, self.window = config.pooling, config.vision_grid, config.pool_window
+
+    def forward(self, features: Tensor) -> Tensor:
+        """``(tiles, H*W, Di)`` -> ``(tiles, windows, Di)``; pixel shuffle gives ``window * window * Di``."""
+        if self.kind == "none":
+            return features
+        tiles, _, width = features.shape
+        (rows, columns), window = self.grid, self.window
+        if self.kind == "average":
+            image = features.view(tiles, rows, columns, width).permute(0, 3, 1, 2)
+            # ceil_mode: windows at the edge are smaller, as in attention pooling, and averages of what they have.
+            return nn.functional.avg_pool2d(image, window, ceil_mode=True).flatten(2).transpose(1, 2)
+        image = features.view(tiles, rows // window, window, columns // window, window, width)
+        return image.transpose(2, 3).reshape(tiles, -1, window * window * width)
+
+
 class Projector(nn.Sequential):
     """Pooled vision tokens to the width of the language model."""
 
     def __init__(self, config: FlashSlothConfig) -> None:
         width = config.text_config.hidden_size
-        super().__init__(PlainLinear(config.vision_config.hidden_size, width), nn.GELU(), PlainLinear(width, width))
+        super().__init__(PlainLinear(config.pooled_width, width), nn.GELU(), PlainLinear(width, width))
 
 
 class LearnableTokens(nn.Module):

@@ -66,7 +66,7 @@ class FlashSlothProcessor(ProcessorMixin):
         image_processor: a :class:`~flashsloth.image_processing.FlashSlothImageProcessor`.
         tokenizer: a fast tokenizer that has the three tokens (:func:`~flashsloth.tokenization.add_flashsloth_tokens`).
         chat_template: jinja template; the official format by default.
-        num_queries: ids a ``<learnable>`` becomes.
+        num_queries: ids a ``<learnable>`` becomes; 0 for a model without embedded queries.
         tokens_per_tile: ids an image becomes for each of its tiles: 81 = (27 / 3)^2.
     """
 
@@ -79,9 +79,9 @@ class FlashSlothProcessor(ProcessorMixin):
         tokens_per_tile: int = 81,
     ):
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
-        for name, value in (("num_queries", num_queries), ("tokens_per_tile", tokens_per_tile)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected a positive int, got {value!r}")
+        for name, value, least in (("num_queries", num_queries, 0), ("tokens_per_tile", tokens_per_tile, 1)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"{name}: expected {'a positive int' if least else 'an int >= 0'}, got {value!r}")
         self.num_queries = num_queries
         self.tokens_per_tile = tokens_per_tile
         if not getattr(tokenizer, "is_fast", False):
@@ -416,7 +416,7 @@ def _settings_of_config(path: str, **hub: Any) -> dict[str, Any]:
             f"{path}: expected image_size and patch_size of the vision tower, and pool_window, as positive ints, "
             f"got {side}, {patch}, {window}"
         )
-    regions = -(-(side // patch) // window)
+    regions = -(-(side // patch) // (1 if config.get("pooling") == "none" else window))
     image: dict[str, Any] = {"image_size": side, "image_hd": bool(config.get("image_hd", False))}
     # "square" is also what the official code does for values it does not know, such as a missing one.
     image["image_aspect_ratio"] = "pad" if config.get("image_aspect_ratio") == "pad" else "square"

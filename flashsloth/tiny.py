@@ -74,7 +74,7 @@ def random_model(config: FlashSlothConfig, seed: int = 0) -> FlashSlothForCondit
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         model = FlashSlothForConditionalGeneration(config)
-        for name, weight in model.embedded_query.named_parameters():
+        for name, weight in model.embedded_query.named_parameters() if config.num_queries else ():
             if weight.dim() == 2:
                 gain = next((gain for part, gain in _QUERY_GAINS.items() if part in name), 1.0)
                 weight.normal_(0, gain * weight.shape[1] ** -0.5)

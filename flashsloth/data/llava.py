@@ -220,5 +220,8 @@ def cut_row(row: Row, length: int, learnable_token_id: int, num_queries: int) ->
         end -= 1
     if not end:
         raise BrokenRecord("too_long", f"expected an answer within {length} tokens, got {len(row.ids)} in all")
-    groups = row.ids[:end].count(learnable_token_id) // num_queries
+    if num_queries:
+        groups = row.ids[:end].count(learnable_token_id) // num_queries
+    else:
+        groups = sum(last <= end for _, last in row.spans)
     return Row(row.ids[:end], row.spans[:groups], row.labels[:end])

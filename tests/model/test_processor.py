@@ -540,8 +540,8 @@ def test_constructor_errors() -> None:
     with pytest.raises(ValueError, match=r"expected it to have <image>, <learnable>.*add_flashsloth_tokens"):
         FlashSlothProcessor(images, byte_tokenizer())
     tokenizer = add_flashsloth_tokens(byte_tokenizer())
-    with pytest.raises(ValueError, match="num_queries: expected a positive int, got 0"):
-        FlashSlothProcessor(images, tokenizer, num_queries=0)
+    with pytest.raises(ValueError, match="num_queries: expected an int >= 0, got -1"):
+        FlashSlothProcessor(images, tokenizer, num_queries=-1)
     with pytest.raises(ValueError, match=r"tokens_per_tile: expected a positive int, got 8\.5"):
         FlashSlothProcessor(images, tokenizer, tokens_per_tile=8.5)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="fast tokenizer"):
