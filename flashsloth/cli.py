@@ -56,6 +56,12 @@ def _make_sight(options: argparse.Namespace) -> None:
     make.main(options)
 
 
+def _ablate(options: argparse.Namespace) -> None:
+    from flashsloth.ablation import command
+
+    command.main(options)
+
+
 def _console() -> Any:
     from rich.console import Console
 
@@ -108,6 +114,13 @@ def _parser(command: str = "") -> argparse.ArgumentParser:
         )
         make.add_arguments(sight)
         sight.set_defaults(run=_make_sight)
+
+    ablate = commands.add_parser("ablate", help="train variants of a model at the same budget and compare them")
+    if command == "ablate":
+        from flashsloth.ablation import command as ablation
+
+        ablation.add_arguments(ablate)
+        ablate.set_defaults(run=_ablate)
     return parser
 
 
