@@ -128,7 +128,7 @@ class Case:
 
     Attributes:
         name: ``<op>/<what>``, what ``--case`` matches.
-        op: the op in the backend table.
+        op: the op in the backend table; another name for a case of a whole model, in which all of them run.
         title: as tables show it.
         mode: forward in inference mode; or forward and the gradients of all of ``differentiable``, with the memory
             kept in between.
@@ -165,6 +165,11 @@ class Case:
     differentiable: tuple[str, ...] = ()
     compared: Callable[[Outputs, Inputs], Outputs] | None = None
     kept_unit: Callable[[Size], int] | None = None
+
+    @property
+    def ops(self) -> tuple[str, ...]:
+        """The ops in the backend table that run in it."""
+        return (self.op,) if self.op in backend.OPS else backend.OPS
 
     def provider(self, name: str) -> Provider:
         """The provider of that name."""
@@ -268,6 +273,7 @@ def why_missing(case: Case, provider: Provider, device: str, dtype: torch.dtype,
     """Why a provider cannot run, as far as that is known without a call."""
     reason = provider.missing(device, size)
     if reason is None and provider.ours:
-        rule = next(r for r in backend.RULES if (r.op, r.backend) == (case.op, provider.backend))
-        reason = rule.why_not(device, dtype, head_dim=size.get("head_dim", 0), batch=size.get("batch", 0))
+        for op in case.ops:
+            rule = next(r for r in backend.RULES if (r.op, r.backend) == (op, provider.backend))
+            reason = reason or rule.why_not(device, dtype, head_dim=size.get("head_dim", 0), batch=size.get("batch", 0))
     return reason

@@ -119,7 +119,7 @@ def end_to_end(
 def begin(plan: Plan) -> Result:
     """An empty result: the machine, the code, what serves what, and the ceilings, measured now."""
     place = torch.empty(0, device=plan.device, dtype=DTYPES[plan.device])
-    served = {op: backend.select(op, place) for op in dict.fromkeys(case.op for case, _ in plan.points)}
+    served = {op: backend.select(op, place) for op in dict.fromkeys(op for case, _ in plan.points for op in case.ops)}
     limits = None if plan.small else _ceilings(plan.device)
     return Result(
         make_header(

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from bench.case import Case
-from bench.cases import embedded_query, sparse_prefill, spatial_pool
+from bench.cases import embedded_query, sparse_prefill, spatial_pool, train
 
-CASES: tuple[Case, ...] = (*spatial_pool.CASES, *embedded_query.CASES, *sparse_prefill.CASES)
+CASES: tuple[Case, ...] = (*spatial_pool.CASES, *embedded_query.CASES, *sparse_prefill.CASES, *train.CASES)
