@@ -207,7 +207,7 @@ def load_part(module: nn.Module, weights: dict[str, Tensor], key: str) -> None:
     """Copy weights into a part of a model, every one by its name.
 
     Raises:
-        ValueError: names that are missing, or other shapes; ``key`` is the setting they come from.
+        ValueError: names that are missing, other shapes or kinds; ``key`` is the setting they come from.
     """
     with torch.no_grad():
         for name, weight in module.named_parameters():  # tied weights once, under their first name
@@ -215,6 +215,8 @@ def load_part(module: nn.Module, weights: dict[str, Tensor], key: str) -> None:
             if found is None or found.shape != weight.shape:
                 got = "none" if found is None else str(tuple(found.shape))
                 raise ValueError(f"{key}: expected {name} of shape {tuple(weight.shape)}, got {got}")
+            if not found.is_floating_point():  # quantised: without its scales it is another weight
+                raise ValueError(f"{key}: expected {name} in floating point, got {found.dtype}")
             weight.copy_(found)
 
 

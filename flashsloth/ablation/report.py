@@ -72,8 +72,8 @@ def render(found: Sequence[Group], times: dict[str, Any] | None) -> str:
         "## Results",
         f"![Accuracy over the tokens of a picture, points marked with the letters of the table]({PLOT})",
         _results(found),
-        "Accuracy: mean ± standard deviation over seeds, as the error bars of the plot, where points with as many tokens "
-        "stand side by side.",
+        "Accuracy: mean ± standard deviation over seeds, as the error bars of the plot. Points with as many tokens "
+        "stand side by side there.",
         "## By kind of question",
         _kinds(found),
     ]

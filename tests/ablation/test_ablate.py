@@ -198,6 +198,15 @@ def test_the_tower_is_not_trained_and_the_rest_is(place: Path, tmp_path: Path) -
     assert not model.training
 
 
+def test_training_learns(place: Path, tmp_path: Path) -> None:
+    """Six pictures by heart: every answer's first letters, at least."""
+    settings = read_settings(write_config(place, "long.yaml", steps=40, learning_rate=5e-3))
+    shared = Material(settings, tmp_path)
+    losses = training.train(shared.build(shared.config, 0), shared.processor, shared, 0)
+    assert len(losses) == 40
+    assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:3])
+
+
 def test_an_order_is_whole_passes() -> None:
     seed = 3
     steps = list(order(seed, pictures=5, batch=3, steps=5))
@@ -378,8 +387,12 @@ def test_a_model_without_what_is_varied_is_refused(place: Path, tmp_path: Path) 
     with pytest.raises(ValueError, match="--variants: shuffle does not fit the model: pool_window"):
         variants_of(tiny_config(pool_window=4))["shuffle"].config(tiny_config(pool_window=4))
     shared = Material(read_settings(place / "config.yaml"), tmp_path)
+    decoder = shared.build(shared.config, 0).language_model
     with pytest.raises(ValueError, match=r"init: expected .* of shape"):
-        material.load_part(shared.build(shared.config, 0).language_model, {}, "init")
+        material.load_part(decoder, {}, "init")
+    quantised = {name: weight.to(torch.int8) for name, weight in decoder.state_dict().items()}
+    with pytest.raises(ValueError, match=r"init: expected .* in floating point, got torch\.int8"):
+        material.load_part(decoder, quantised, "init")
 
 
 def test_a_rate_too_high_is_told(place: Path, tmp_path: Path) -> None:
