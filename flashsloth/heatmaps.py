@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from flashsloth.modeling import FlashSlothForConditionalGeneration
+from flashsloth.modules import SpatialAttentionPool
 from flashsloth_ops import embedded_query_attention, spatial_attention_pool
 
 
@@ -33,7 +34,13 @@ def watching(model: FlashSlothForConditionalGeneration) -> Iterator[list[Seen]]:
 
 
 def pooling_weights(model: FlashSlothForConditionalGeneration, features: Tensor) -> Tensor:
-    """Weights ``(tiles, H*W)`` of the tower's output ``(tiles, H*W, Di)``, summing to one in each window."""
+    """Weights ``(tiles, H*W)`` of the tower's output ``(tiles, H*W, Di)``, summing to one in each window.
+
+    Raises:
+        ValueError: a model that pools without attention.
+    """
+    if not isinstance(model.pooling, SpatialAttentionPool):
+        raise ValueError(f"model: expected pooling by attention, got {model.config.pooling!r}")
     hidden, score = (model.pooling.mlp[key] for key in ("0", "3"))
     params: Any = (hidden.weight, hidden.bias, score.weight, score.bias)
     grid, window = model.config.vision_grid, model.config.pool_window
