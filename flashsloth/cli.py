@@ -1,5 +1,5 @@
 """The command line: ``flashsloth demo``, ``ask IMAGE QUESTION``, ``chat IMAGE``, ``serve``, ``eval --task TASK``,
-``inspect DIR``, ``data make sight --out DIR``."""
+``inspect DIR``, ``data make sight --out DIR``, ``train --config FILE``, ``ablate --config FILE``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options = _parser(command).parse_args(given)
         options.run(options)
     except ModuleNotFoundError as error:
-        extra = {"data": "data", "eval": "data", "serve": "serve"}.get(command, "demo")
+        extra = {"data": "data", "eval": "data", "serve": "serve", "train": "train"}.get(command, "demo")
         return _fail(f"the package {error.name} is missing: pip install 'flashsloth[{extra}]'")
     except (ValueError, TypeError, OSError, BackendError) as error:
         return _fail(str(error))
@@ -58,6 +58,12 @@ def _make_sight(options: argparse.Namespace) -> None:
 
 def _ablate(options: argparse.Namespace) -> None:
     from flashsloth.ablation import command
+
+    command.main(options)
+
+
+def _train(options: argparse.Namespace) -> None:
+    from flashsloth.training import command
 
     command.main(options)
 
@@ -114,6 +120,13 @@ def _parser(command: str = "") -> argparse.ArgumentParser:
         )
         make.add_arguments(sight)
         sight.set_defaults(run=_make_sight)
+
+    train = commands.add_parser("train", help="train a model by a configuration: train --config FILE")
+    if command == "train":
+        from flashsloth.training import command as training
+
+        training.add_arguments(train)
+        train.set_defaults(run=_train)
 
     ablate = commands.add_parser("ablate", help="train variants of a model at the same budget and compare them")
     if command == "ablate":

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from flashsloth.data.broken import BatchReport, Skipped
 from flashsloth.data.llava import LlavaDataset, Sample
@@ -102,14 +102,15 @@ class TrainingLoader(DataLoader):
     its batches out again. Trainer tells it the epoch, and on resuming skips by index: no skipped image is read.
 
     Args:
+        batches: batches of indices that know their rank and have ``set_epoch``, EpochBatches say.
         workers: processes that read and decode; 0 for none.
         pin_memory: page-locked tensors, for a GPU.
     """
 
     def __init__(
         self,
-        dataset: LlavaDataset,
-        batches: EpochBatches,
+        dataset: Dataset[Sample | Skipped],
+        batches: EpochBatches | Sampler[list[int]],
         collator: Collator,
         *,
         workers: int = 0,
@@ -127,5 +128,5 @@ class TrainingLoader(DataLoader):
 
     def set_epoch(self, epoch: int) -> None:
         """Called by Trainer before each epoch."""
-        assert isinstance(self.batch_sampler, EpochBatches)
-        self.batch_sampler.set_epoch(epoch)
+        batches: Any = self.batch_sampler
+        batches.set_epoch(epoch)

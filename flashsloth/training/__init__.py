@@ -1,0 +1,1 @@
+"""Training: ``flashsloth train --config FILE``, the two stages of the paper by transformers' Trainer."""

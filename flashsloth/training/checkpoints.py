@@ -1,0 +1,139 @@
+"""Checkpoints of a run: written beside their place and moved there when they are whole and on the disk."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from flashsloth.checkpoint import official_name, read_tensors
+
+STAGING = ".partial"  # no name that is ever looked for
+MANIFEST = "complete.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_LITTLE = 16 * 2**20  # bytes left on a disk that is called full where a library does not say why writing failed
+
+
+class CheckpointError(OSError):
+    """A checkpoint could not be written or read."""
+
+
+def finish(staged: Path, target: Path) -> None:
+    """Make ``staged`` the checkpoint ``target``: list its files, wait for the disk, move it.
+
+    A power cut at any moment leaves ``target`` as it was or as it shall be.
+    """
+    files = sorted(path for path in staged.rglob("*") if path.is_file())
+    listed = {str(path.relative_to(staged)): path.stat().st_size for path in files}
+    (staged / MANIFEST).write_text(json.dumps({"files": listed}, indent=1))
+    for path in [*files, staged / MANIFEST, *(path for path in staged.rglob("*") if path.is_dir()), staged]:
+        sync(path)
+    if target.exists():  # of the same step, and not whole, or a resumed run would have begun with it
+        aside = staged.with_name(f"{target.name}.old")
+        os.replace(target, aside)
+        os.replace(staged, target)
+        shutil.rmtree(aside)
+    else:
+        os.replace(staged, target)
+    sync(target.parent)
+
+
+def sync(path: Path) -> None:
+    """Wait until a file's content, or a directory's names, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether every file is there in its full size."""
+    try:
+        listed = json.loads((checkpoint / MANIFEST).read_text())["files"]
+        return all((checkpoint / name).stat().st_size == size for name, size in listed.items())
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return False
+
+
+def complete_checkpoints(out: Path) -> list[Path]:
+    """Those in ``out``, the newest last."""
+    found = []
+    for path in out.iterdir() if out.is_dir() else ():
+        match = _NAME.fullmatch(path.name)
+        if match and is_complete(path):
+            found.append((int(match[1]), path))
+    return [path for _, path in sorted(found)]
+
+
+def any_checkpoint(out: Path) -> bool:
+    """Whether ``out`` has one, complete or not."""
+    return out.is_dir() and any(_NAME.fullmatch(path.name) for path in out.iterdir())
+
+
+def keep_newest(out: Path, limit: int | None) -> None:
+    """Delete all but the newest ``limit`` complete checkpoints; None keeps all."""
+    if limit is None or limit < 1:
+        return
+    for path in complete_checkpoints(out)[:-limit]:
+        (path / MANIFEST).unlink()  # a half deleted one is none
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def explain(error: Exception, out: Path, step: int) -> Exception:
+    """What to raise for an error while a checkpoint was written: one line where the disk is full."""
+    # Libraries wrap what the system said, or drop it.
+    codes, cause = [], error
+    while cause is not None:
+        codes.append(getattr(cause, "errno", None))
+        cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]
+    said = "no space left" in str(error).lower() or "os error 28" in str(error).lower()
+    free = shutil.disk_usage(out).free
+    if not (any(code in _FULL for code in codes) or said or free < _LITTLE):
+        return error
+    last = complete_checkpoints(out)
+    kept = f"{last[-1]} is the last complete one, and --resume goes on from it" if last else "there is no earlier one"
+    return CheckpointError(
+        f"checkpoint of step {step}: the disk of {out} is full ({free / 2**20:.0f} MiB left); {kept}"
+    )
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Raises CheckpointError."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: expected JSON of a checkpoint: {error}") from error
+
+
+def load_weights(model: nn.Module, checkpoint: Path) -> None:
+    """Fill ``model``, and fail on any name or shape that does not fit. Raises CheckpointError, ValueError."""
+    found = {official_name(name): tensor for name, tensor in read_tensors(checkpoint).items()}
+    expected = {official_name(name): tensor for name, tensor in model.state_dict().items()}
+    filled = {tensor.data_ptr() for name, tensor in expected.items() if name in found}
+    missing = sorted(name for name in expected.keys() - found.keys() if expected[name].data_ptr() not in filled)
+    unexpected = sorted(found.keys() - expected.keys())
+    if missing or unexpected:
+        raise CheckpointError(
+            f"{checkpoint}: expected exactly the weights of the model; missing {missing[:3]}, unexpected "
+            f"{unexpected[:3]}"
+        )
+    with torch.no_grad():
+        for name, tensor in found.items():
+            if tensor.shape != expected[name].shape:
+                raise CheckpointError(
+                    f"{checkpoint}: {name}: expected {tuple(expected[name].shape)}, got {tuple(tensor.shape)}"
+                )
+            expected[name].copy_(tensor)
