@@ -12,8 +12,9 @@ from transformers.utils import logging
 from flashsloth.data.broken import BrokenLog, TooManyBroken
 from flashsloth.training import checkpoints
 from flashsloth.training.config import TrainConfig, read_config, training_arguments
+from flashsloth.training.lora import add_lora
 from flashsloth.training.mixture import Mixture
-from flashsloth.training.stages import load_model, load_processor, set_trained
+from flashsloth.training.stages import load_model, load_processor, row_length, set_trained
 from flashsloth.training.trainer import FlashSlothTrainer
 
 BROKEN = "broken.jsonl"
@@ -41,6 +42,11 @@ def main(options: argparse.Namespace) -> None:
     """Raises ValueError, TypeError, OSError with one line on what is wrong."""
     logging.disable_progress_bar()  # of transformers, for every file it reads or writes
     config = read_config(options.config, options.set)
+    if options.dry_run:
+        from flashsloth.training.report import describe
+
+        print(describe(config))
+        return
     try:
         run(config, resume=options.resume)
     except TooManyBroken as error:
@@ -64,8 +70,9 @@ def run(config: TrainConfig, *, resume: bool = False) -> FlashSlothTrainer:
     processor = load_processor(config.model)
     model = load_model(config.model, tower=config.tower, seed=config.seed, dtype=config.dtype)
     set_trained(model, config.train)
-    length = config.max_length or getattr(model.config.text_config, "max_position_embeddings", None)
-    data = Mixture(config, processor, length)
+    if config.lora is not None:
+        add_lora(model, config.lora, config.seed)
+    data = Mixture(config, processor, row_length(config.max_length, model.config))
     rank = arguments.process_index
     broken = BrokenLog(config.out / (BROKEN if rank == 0 else f"broken-{rank}.jsonl"), limit=config.max_broken)
     trainer = FlashSlothTrainer(model, arguments, data, broken, _identity(config))
@@ -74,7 +81,7 @@ def run(config: TrainConfig, *, resume: bool = False) -> FlashSlothTrainer:
         checkpoints.write_json(config.out / "training.json", config.as_dict())
     last = checkpoints.complete_checkpoints(config.out)[-1:] if resume else []
     trainer.train(resume_from_checkpoint=str(last[0]) if last else None)
-    trainer.save_final(processor)
+    trainer.save_final(processor, config.lora)
     return trainer
 
 

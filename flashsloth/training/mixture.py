@@ -32,6 +32,7 @@ class Mixture(Dataset[Sample | Skipped]):
 
     def __init__(self, config: TrainConfig, processor: FlashSlothProcessor, max_length: int | None) -> None:
         self.parts: list[LlavaDataset] = []
+        self.hd: list[bool] = []
         # A batch has one number of tiles, so records are kept apart by it: HD or not -> parts.
         self.kinds: dict[bool, list[int]] = {}
         for i, source in enumerate(config.data):
@@ -46,6 +47,7 @@ class Mixture(Dataset[Sample | Skipped]):
             part = LlavaDataset(joined, processor, captions=captions, max_length=max_length, image_hd=hd)
             self.kinds.setdefault(hd, []).append(len(self.parts))
             self.parts.append(part)
+            self.hd.append(hd)
         self.starts = np.cumsum([0] + [len(part) for part in self.parts])
 
     def __len__(self) -> int:

@@ -109,6 +109,14 @@ def load_model(
     return model
 
 
+def row_length(wanted: int | None, config: FlashSlothConfig) -> int | None:
+    """Tokens of a row at most: ``wanted``, or what the decoder has positions for. Raises ValueError."""
+    positions = getattr(config.text_config, "max_position_embeddings", None)
+    if wanted is not None and positions is not None and wanted > positions:
+        raise ValueError(f"max_length: expected at most {positions}, the decoder's positions, got {wanted}")
+    return positions if wanted is None else wanted
+
+
 def has_weights(directory: Path) -> bool:
     """Whether a directory holds weights, or any part of them."""
     return any(any(directory.glob(pattern)) for pattern in _WEIGHTS)

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 
 from flashsloth.data.broken import BrokenLog, Skipped
 from flashsloth.data.collate import Collator, TrainingLoader, take_report
@@ -18,6 +19,8 @@ from flashsloth.modeling import FlashSlothForConditionalGeneration
 from flashsloth.processing import FlashSlothProcessor
 from flashsloth.training import checkpoints
 from flashsloth.training.checkpoints import CheckpointError
+from flashsloth.training.config import Lora
+from flashsloth.training.lora import add_up
 from flashsloth.training.mixture import Mixture
 from flashsloth.training.progress import Progress, peak_memory
 
@@ -145,13 +148,18 @@ class FlashSlothTrainer(Trainer):
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; ``resume_from_checkpoint`` is a directory."""
         if resume_from_checkpoint is not None:
-            self._resume_data(Path(resume_from_checkpoint))
+            checkpoint = Path(resume_from_checkpoint)
+            self._resume_data(checkpoint)
+            if self._finished(checkpoint):
+                return None
         self._tokens, self._since = 0, time.monotonic()
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
-    def save_final(self, processor: FlashSlothProcessor) -> None:
-        """The model and its processor in ``out``, as a checkpoint directory like any other."""
+    def save_final(self, processor: FlashSlothProcessor, lora: Lora | None = None) -> None:
+        """The model and its processor in ``out``, as a checkpoint directory like any other; ``lora`` is added up."""
         state = self.accelerator.get_state_dict(self.model_wrapped)
+        if lora is not None and self.args.should_save:
+            state = add_up(state, lora)
         if self.args.should_save:
             model: Any = self.accelerator.unwrap_model(self.model_wrapped)
             try:
@@ -210,6 +218,18 @@ class FlashSlothTrainer(Trainer):
         else:  # transformers would go on with a warning where a name is missing
             target: Any = self.model if model is None else model
             checkpoints.load_weights(target, Path(resume_from_checkpoint))
+
+    def _finished(self, checkpoint: Path) -> bool:
+        """Whether it is the last of its run, whose weights are then loaded: transformers would go one step too far."""
+        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        *_, steps = self.set_initial_training_values(self.args, self._loader)
+        if state.global_step < steps:
+            return False
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(f"--resume: expected a run that is not finished, got {checkpoint} of {steps} steps")
+        self.state = state
+        self._load_from_checkpoint(str(checkpoint))
+        return True
 
     def _resume_data(self, checkpoint: Path) -> None:
         was = checkpoints.read_json(checkpoint / _RUN)
