@@ -64,14 +64,21 @@ def is_complete(checkpoint: Path) -> bool:
         return False
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step behind which a checkpoint was written."""
+    match = _NAME.fullmatch(checkpoint.name)
+    if match is None:
+        raise CheckpointError(f"{checkpoint}: expected a directory checkpoint-N, got another name")
+    return int(match[1])
+
+
 def complete_checkpoints(out: Path) -> list[Path]:
     """Those in ``out``, the newest last."""
     found = []
     for path in out.iterdir() if out.is_dir() else ():
-        match = _NAME.fullmatch(path.name)
-        if match and is_complete(path):
-            found.append((int(match[1]), path))
-    return [path for _, path in sorted(found)]
+        if _NAME.fullmatch(path.name) and is_complete(path):
+            found.append(path)
+    return sorted(found, key=step_of)
 
 
 def any_checkpoint(out: Path) -> bool:

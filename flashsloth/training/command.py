@@ -62,6 +62,8 @@ def run(config: TrainConfig, *, resume: bool = False) -> FlashSlothTrainer:
     Raises:
         ValueError, TypeError, OSError: something given cannot be used; TooManyBroken: too many records cannot.
     """
+    import accelerate  # noqa: F401  transformers would name it in a paragraph
+
     if not resume and (checkpoints.any_checkpoint(config.out) or (config.out / "config.json").exists()):
         raise ValueError(
             f"out: expected a directory without a run, got {config.out}; --resume goes on with the run that is there"
@@ -80,6 +82,8 @@ def run(config: TrainConfig, *, resume: bool = False) -> FlashSlothTrainer:
         config.out.mkdir(parents=True, exist_ok=True)
         checkpoints.write_json(config.out / "training.json", config.as_dict())
     last = checkpoints.complete_checkpoints(config.out)[-1:] if resume else []
+    if last and rank == 0:
+        print(f"goes on from {last[0]}", flush=True)
     trainer.train(resume_from_checkpoint=str(last[0]) if last else None)
     trainer.save_final(processor, config.lora)
     return trainer

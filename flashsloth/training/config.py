@@ -7,6 +7,7 @@ import types
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ _OWN = {
     "do_predict": "`flashsloth eval` measures what was trained",
     "local_rank": "set by torchrun",
 }
+_FILES = ("deepspeed", "fsdp_config", "accelerator_config")  # a mapping, or a file with one
 
 
 @dataclass(frozen=True)
@@ -164,7 +166,7 @@ def parse_config(read: Mapping[str, Any], folder: Path) -> TrainConfig:
         max_length=keys.number("max_length", int, None, low=1),
         max_broken=keys.number("max_broken", float, 0.01, low=0, high=1),
         dtype=keys.choice("dtype", DTYPES, "float32"),
-        arguments=dict(defaults.arguments) | _arguments(keys.take("arguments", (dict,), {})),
+        arguments=dict(defaults.arguments) | _arguments(keys.take("arguments", (dict,), {}), folder),
     )
     keys.done()
     if lora is not None and "decoder" not in config.train:
@@ -184,7 +186,7 @@ def training_arguments(config: TrainConfig, world_size: int) -> TrainingArgument
             f"{config.batch}, got {micro}"
         )
     try:
-        return TrainingArguments(
+        arguments = TrainingArguments(
             output_dir=str(config.out),
             per_device_train_batch_size=micro,
             gradient_accumulation_steps=share // micro,
@@ -196,6 +198,9 @@ def training_arguments(config: TrainConfig, world_size: int) -> TrainingArgument
         )
     except (ValueError, TypeError, ImportError) as error:
         raise ValueError(f"arguments: {error}") from error
+    if "tensorboard" in arguments.report_to and find_spec("tensorboard") is None:
+        raise ValueError("arguments.report_to: tensorboard needs its package: pip install tensorboard")
+    return arguments
 
 
 class _Keys:
@@ -314,7 +319,7 @@ def _lora(keys: _Keys) -> Lora:
     return lora
 
 
-def _arguments(given: dict[str, Any]) -> dict[str, Any]:
+def _arguments(given: dict[str, Any], folder: Path) -> dict[str, Any]:
     hints = typing.get_type_hints(TrainingArguments)
     known = {field.name: hints[field.name] for field in fields(TrainingArguments) if field.init}
     for key, value in given.items():
@@ -326,7 +331,8 @@ def _arguments(given: dict[str, Any]) -> dict[str, Any]:
         if kinds and (type(value) not in kinds and not (type(value) is int and float in kinds)):
             names = " or ".join(_NAMES[kind] for kind in kinds)
             raise TypeError(f"arguments.{key}: expected {names}, got {_kind(value)}")
-    return dict(given)
+    files = {key: given[key] for key in _FILES if isinstance(given.get(key), str)}
+    return given | {key: str((folder / Path(name).expanduser()).resolve()) for key, name in files.items()}
 
 
 def _scalars(hint: Any) -> tuple[type, ...]:

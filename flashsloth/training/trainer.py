@@ -40,7 +40,9 @@ class FlashSlothTrainer(Trainer):
         data: the records.
         broken: counts those that cannot be used; one for each process.
         run: JSON values that a checkpoint keeps, and that must be as they were to resume.
-        max_broken: see :class:`~flashsloth.data.broken.BrokenLog`.
+
+    Attributes:
+        resumed_at: the step this run went on from, 0 for one from the start.
 
     Raises:
         ValueError: several GPUs without torchrun.
@@ -60,6 +62,7 @@ class FlashSlothTrainer(Trainer):
                 f"{arguments.n_gpu} -m flashsloth.cli train ...`, or one in CUDA_VISIBLE_DEVICES, got one process"
             )
         self.out, self.broken, self.run = Path(str(arguments.output_dir)), broken, run or {}
+        self.resumed_at = 0
         self._staging: Path | None = None
         self._tokens, self._since = 0, time.monotonic()
         batches = data.batches(
@@ -150,6 +153,7 @@ class FlashSlothTrainer(Trainer):
         if resume_from_checkpoint is not None:
             checkpoint = Path(resume_from_checkpoint)
             self._resume_data(checkpoint)
+            self.resumed_at = checkpoints.step_of(checkpoint)
             if self._finished(checkpoint):
                 return None
         self._tokens, self._since = 0, time.monotonic()
@@ -221,13 +225,12 @@ class FlashSlothTrainer(Trainer):
 
     def _finished(self, checkpoint: Path) -> bool:
         """Whether it is the last of its run, whose weights are then loaded: transformers would go one step too far."""
-        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         *_, steps = self.set_initial_training_values(self.args, self._loader)
-        if state.global_step < steps:
+        if self.resumed_at < steps:
             return False
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError(f"--resume: expected a run that is not finished, got {checkpoint} of {steps} steps")
-        self.state = state
+        self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         self._load_from_checkpoint(str(checkpoint))
         return True
 

@@ -77,12 +77,13 @@ def test_an_interrupted_checkpoint_is_none(
     left: list[str],
 ) -> None:
     out = tmp_path / "out"
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
+    with monkeypatch.context() as patch:
         failing(patch, module, name, after, Stopped())
-        train(folder, out=str(out))
+        with pytest.raises(Stopped):
+            train(folder, out=str(out))
     assert names(out) == left
     resumed = train(folder, out=str(out), resume=True)
-    assert resumed._initial_global_step == int(left[-1].split("-")[1])
+    assert resumed.resumed_at == int(left[-1].split("-")[1])
     assert curve(resumed) == whole
     assert names(out) == ["checkpoint-4", "checkpoint-6"]
     assert not (out / checkpoints.STAGING).exists()
@@ -92,9 +93,10 @@ def test_a_kill_before_the_first_checkpoint_starts_again(
     folder: Path, whole: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
+    with monkeypatch.context() as patch:
         failing(patch, torch, "save", 0, Stopped())
-        train(folder, out=str(out))
+        with pytest.raises(Stopped):
+            train(folder, out=str(out))
     assert names(out) == []
     assert curve(train(folder, out=str(out), resume=True)) == whole
 
@@ -122,7 +124,7 @@ def test_a_damaged_checkpoint_is_none(folder: Path, whole: list[Any], tmp_path: 
         os.truncate(newest / checkpoints.MANIFEST, 20)
     assert names(out) == ["checkpoint-4"]
     resumed = train(folder, out=str(out), resume=True)
-    assert resumed._initial_global_step == 4
+    assert resumed.resumed_at == 4
     assert curve(resumed) == whole
     assert names(out) == ["checkpoint-4", "checkpoint-6"]  # the damaged one was replaced
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import pytest
 
 pytest.importorskip("accelerate")
 
-from flashsloth.training.config import parse_config, read_config, training_arguments
+from flashsloth.training.config import Lora, Source, TrainConfig, parse_config, read_config, training_arguments
 from flashsloth.training.stages import STAGES
+from tests.support import ROOT
 
 
 @pytest.fixture
@@ -125,6 +127,29 @@ def test_a_file_that_is_none(folder: Path) -> None:
         read_config(folder / "list.yaml")
 
 
+def test_the_examples_of_the_documents_are_right(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "training.md").read_text()
+    examples = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
+    assert len(examples) == 4
+    for example in examples:
+        for path in re.findall(r"(?:model|tower|images): ([^\s\]}]+)", example):
+            (tmp_path / path).mkdir(parents=True, exist_ok=True)
+        for path in re.findall(r"[\w/]+\.(?:json\b|tar)", example):
+            (tmp_path / path).parent.mkdir(exist_ok=True)
+            (tmp_path / path).write_text("[]")
+        (tmp_path / "run.yaml").write_text(example)
+        config = read_config(tmp_path / "run.yaml")
+        assert config.batch % (config.micro_batch or 1) == 0
+        assert config.arguments is not None
+        assert config.arguments.get("deepspeed", str(tmp_path / "zero.json")) == str(tmp_path / "zero.json")
+
+
+def test_every_key_is_documented() -> None:
+    text = (ROOT / "docs" / "training.md").read_text()
+    for field in (*fields(TrainConfig), *fields(Source), *fields(Lora)):
+        assert f"`{field.name}`" in text, field.name
+
+
 def test_the_batch_is_shared_out(folder: Path) -> None:
     config = parse_config(
         {"model": "model", "stage": 2, "data": [{"records": "captions.json"}], "out": "o", "batch": 12,
@@ -135,8 +160,8 @@ def test_the_batch_is_shared_out(folder: Path) -> None:
     assert (arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps) == (3, 2)
     with pytest.raises(ValueError, match="batch: expected a multiple of the 5 processes, got 12"):
         training_arguments(config, 5)
-    with pytest.raises(ValueError, match="micro_batch: expected a divisor of 4, .* got 3"):
+    with pytest.raises(ValueError, match=r"micro_batch: expected a divisor of 4, .* got 3"):
         training_arguments(config, 3)
     assert training_arguments(config.changed(micro_batch=None), 2).per_device_train_batch_size == 6
-    with pytest.raises(ValueError, match="arguments: .*sometimes"):
+    with pytest.raises(ValueError, match=r"arguments: .*sometimes"):
         training_arguments(config.changed(arguments={"save_strategy": "sometimes"}), 1)

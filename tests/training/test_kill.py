@@ -56,6 +56,6 @@ def test_killed_and_resumed(tmp_path: Path, module: str, name: str, after: int, 
     assert [one.name for one in complete_checkpoints(out)] == [last]
     assert not (out / "config.json").exists()
     resumed = train(tmp_path, out="killed", resume=True)
-    assert resumed._initial_global_step == 2
+    assert resumed.resumed_at == 2
     assert curve(resumed) == whole
     assert not (out / STAGING).exists()

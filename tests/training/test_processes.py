@@ -78,7 +78,7 @@ def test_one_goes_on_where_two_stopped(folder: Path, single: Any) -> None:
 
     shutil.copytree(folder / "two" / "checkpoint-4", folder / "fewer" / "checkpoint-4")
     fewer = train(folder, out="fewer", resume=True, batch=8, micro_batch=4, arguments={"max_steps": 5})
-    assert fewer._initial_global_step == 4
+    assert fewer.resumed_at == 4
     close([one[:3] for one in curve(fewer)], [one[:3] for one in curve(single)])
     assert fewer.broken.seen == single.broken.seen == 22 + 2 * 8
 

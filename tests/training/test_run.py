@@ -60,6 +60,6 @@ def test_resuming_continues_the_same_curve(folder: Path, whole: Any, step: int) 
     shutil.copytree(folder / "whole" / f"checkpoint-{step}", out / f"checkpoint-{step}")
     resumed = train(folder, resume=True, out=out.name)
     assert curve(resumed) == curve(whole)
-    assert resumed._initial_global_step == step
+    assert resumed.resumed_at == step
     trained = weights(whole.model)
     assert all(torch.equal(trained[name], tensor) for name, tensor in weights(resumed.model).items())
