@@ -128,19 +128,19 @@ def read_json(path: Path) -> Any:
 def load_weights(model: nn.Module, checkpoint: Path) -> None:
     """Fill ``model``, and fail on any name or shape that does not fit. Raises CheckpointError, ValueError."""
     found = {official_name(name): tensor for name, tensor in read_tensors(checkpoint).items()}
-    expected = {official_name(name): tensor for name, tensor in model.state_dict().items()}
-    filled = {tensor.data_ptr() for name, tensor in expected.items() if name in found}
-    missing = sorted(name for name in expected.keys() - found.keys() if expected[name].data_ptr() not in filled)
-    unexpected = sorted(found.keys() - expected.keys())
+    own = {official_name(name): (name, tensor) for name, tensor in model.state_dict().items()}
+    filled = {tensor.data_ptr() for key, (_, tensor) in own.items() if key in found}
+    missing = [name for key, (name, tensor) in own.items() if key not in found and tensor.data_ptr() not in filled]
+    unexpected = sorted(found.keys() - own.keys())
     if missing or unexpected:
         raise CheckpointError(
             f"{checkpoint}: expected exactly the weights of the model; missing {missing[:3]}, unexpected "
             f"{unexpected[:3]}"
         )
+    for key, tensor in found.items():
+        name, target = own[key]
+        if tensor.shape != target.shape:
+            raise CheckpointError(f"{checkpoint}: {name}: expected {tuple(target.shape)}, got {tuple(tensor.shape)}")
     with torch.no_grad():
-        for name, tensor in found.items():
-            if tensor.shape != expected[name].shape:
-                raise CheckpointError(
-                    f"{checkpoint}: {name}: expected {tuple(expected[name].shape)}, got {tuple(tensor.shape)}"
-                )
-            expected[name].copy_(tensor)
+        for key, tensor in found.items():
+            own[key][1].copy_(tensor)

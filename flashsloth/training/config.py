@@ -198,7 +198,7 @@ def training_arguments(config: TrainConfig, world_size: int) -> TrainingArgument
         )
     except (ValueError, TypeError, ImportError) as error:
         raise ValueError(f"arguments: {error}") from error
-    if "tensorboard" in arguments.report_to and find_spec("tensorboard") is None:
+    if "tensorboard" in list(arguments.report_to or ()) and find_spec("tensorboard") is None:
         raise ValueError("arguments.report_to: tensorboard needs its package: pip install tensorboard")
     return arguments
 

@@ -33,7 +33,8 @@ def add_lora(model: FlashSlothForConditionalGeneration, lora: Lora, seed: int = 
         if target not in leaves:
             raise ValueError(f"lora.targets: expected linear layers out of {', '.join(leaves)}, got {target!r}")
     chosen = [name for name in linear if name.rpartition(".")[2] in targets]
-    settings = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=chosen)
+    alpha: Any = lora.alpha
+    settings = LoraConfig(r=lora.rank, lora_alpha=alpha, lora_dropout=lora.dropout, target_modules=chosen)
     model.language_model.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -135,6 +135,11 @@ def test_recomputing_gives_the_same_bits(folder: Path, second: Any) -> None:
     assert losses(again) == losses(second)
 
 
+def test_workers_change_nothing(folder: Path, second: Any) -> None:
+    again = train(folder, out="workers", arguments=FEW | {"dataloader_num_workers": 2})
+    assert losses(again) == losses(second)
+
+
 @pytest.mark.parametrize("micro", [1, 4])
 def test_accumulation_changes_nothing_but_rounding(tmp_path: Path, micro: int) -> None:
     """Rows have 1 to 30 learned tokens: a mean of means would be far off."""

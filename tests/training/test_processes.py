@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -74,8 +75,6 @@ def test_the_same_curve_as_one(folder: Path, single: Any) -> None:
 
 def test_one_goes_on_where_two_stopped(folder: Path, single: Any) -> None:
     """Counts of both are taken over, and the order is the same."""
-    import shutil
-
     shutil.copytree(folder / "two" / "checkpoint-4", folder / "fewer" / "checkpoint-4")
     fewer = train(folder, out="fewer", resume=True, batch=8, micro_batch=4, arguments={"max_steps": 5})
     assert fewer.resumed_at == 4
@@ -83,17 +82,21 @@ def test_one_goes_on_where_two_stopped(folder: Path, single: Any) -> None:
     assert fewer.broken.seen == single.broken.seen == 22 + 2 * 8
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_fsdp(folder: Path, single: Any, stage: int) -> None:
-    """FSDP2: the weights are shared out, the curve and what is saved are the same."""
-    kind = {"version": 2, "reshard_after_forward": True, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}
-    kind["transformer_layer_cls_to_wrap"] = ["PhiDecoderLayer", "SiglipEncoderLayer"]
-    kind["state_dict_type"] = "FULL_STATE_DICT"
-    train_ = {"train": ["pooling", "projector"]} if stage == 1 else {}
-    arguments = {"max_steps": 5, "fsdp": True, "fsdp_config": kind}
-    run_two(folder, out=f"fsdp{stage}", batch=8, micro_batch=2, arguments=arguments, **train_)
-    expected = single
-    if stage == 1:
-        expected = train(folder, out="frozen", batch=8, micro_batch=4, arguments={"max_steps": 5}, **train_)
-    close(logged(folder, f"fsdp{stage}"), [one[:3] for one in curve(expected)])
-    FlashSlothForConditionalGeneration.from_pretrained(folder / f"fsdp{stage}")
+def test_fsdp(folder: Path, single: Any) -> None:
+    """FSDP2: the weights are shared out; the curve, what is saved and where a resumed run goes on are the same."""
+    sharding = {
+        "version": 2,
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "transformer_layer_cls_to_wrap": ["PhiDecoderLayer", "SiglipEncoderLayer"],
+        "state_dict_type": "FULL_STATE_DICT",
+    }
+    options = {"batch": 8, "micro_batch": 2, "arguments": {"max_steps": 5, "fsdp": True, "fsdp_config": sharding}}
+    run_two(folder, out="fsdp", **options)
+    found = logged(folder, "fsdp")
+    close(found, [one[:3] for one in curve(single)])
+    one = FlashSlothForConditionalGeneration.from_pretrained(folder / "single").state_dict()
+    two = FlashSlothForConditionalGeneration.from_pretrained(folder / "fsdp").state_dict()
+    assert torch.cat([(one[name] - two[name]).flatten() for name in one]).abs().mean() < 1e-5
+    shutil.copytree(folder / "fsdp" / "checkpoint-4", folder / "fsdp-resumed" / "checkpoint-4")
+    assert "goes on from" in run_two(folder, "--resume", out="fsdp-resumed", **options)
+    close(logged(folder, "fsdp-resumed"), found)
