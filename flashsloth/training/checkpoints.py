@@ -95,8 +95,8 @@ def keep_newest(out: Path, limit: int | None) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def explain(error: Exception, out: Path, step: int) -> Exception:
-    """What to raise for an error while a checkpoint was written: one line where the disk is full."""
+def explain(error: Exception, out: Path, what: str) -> Exception:
+    """What to raise for an error while ``what`` was written to ``out``: one line where the disk is full."""
     # Libraries wrap what the system said, or drop it.
     codes, cause = [], error
     while cause is not None:
@@ -108,9 +108,7 @@ def explain(error: Exception, out: Path, step: int) -> Exception:
         return error
     last = complete_checkpoints(out)
     kept = f"{last[-1]} is the last complete one, and --resume goes on from it" if last else "there is no earlier one"
-    return CheckpointError(
-        f"checkpoint of step {step}: the disk of {out} is full ({free / 2**20:.0f} MiB left); {kept}"
-    )
+    return CheckpointError(f"{what}: the disk of {out} is full ({free / 2**20:.0f} MiB left); {kept}")
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -84,7 +84,12 @@ def run(config: TrainConfig, *, resume: bool = False) -> FlashSlothTrainer:
     last = checkpoints.complete_checkpoints(config.out)[-1:] if resume else []
     if last and rank == 0:
         print(f"goes on from {last[0]}", flush=True)
-    trainer.train(resume_from_checkpoint=str(last[0]) if last else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(last[0]) if last else None)
+    except checkpoints.CheckpointError:
+        raise
+    except OSError as error:  # logs need little room, but they need some
+        raise checkpoints.explain(error, config.out, "logs") from error
     trainer.save_final(processor, config.lora)
     return trainer
 

@@ -17,7 +17,7 @@ import torch
 pytest.importorskip("accelerate")
 
 from flashsloth.tiny import random_model, tiny_config
-from flashsloth.training import checkpoints
+from flashsloth.training import checkpoints, progress
 from flashsloth.training.checkpoints import CheckpointError, complete_checkpoints, is_complete
 from tests.training.cases import curve, prepare, train, weights
 
@@ -159,6 +159,12 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_stays(
     assert names(out) == ["checkpoint-2"]
     assert not (out / checkpoints.STAGING).exists()
     assert curve(train(folder, out=str(out), resume=True)) == whole
+
+
+def test_a_disk_too_full_for_a_line_of_the_log(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    failing(monkeypatch, progress, "line", 2, OSError(errno.ENOSPC, "No space left on device"))
+    with pytest.raises(CheckpointError, match=r"the disk of .* is full"):
+        train(folder, out=str(tmp_path / "out"))
 
 
 def test_another_failure_is_no_full_disk(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
