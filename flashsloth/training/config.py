@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -11,9 +10,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import TrainingArguments
 
+from flashsloth.training.keys import NAMES, Keys, change_value, kind_of, read_yaml
 from flashsloth.training.stages import PARTS, STAGES
 
 DTYPES = ("float32", "bfloat16")
@@ -138,17 +137,17 @@ def read_config(path: Path, changes: Iterable[str] = ()) -> TrainConfig:
     """
     if not path.is_file():
         raise FileNotFoundError(f"--config: expected a YAML file, got {path}")
-    read = _yaml(path.read_text(encoding="utf-8"), str(path))
+    read = read_yaml(path.read_text(encoding="utf-8"), str(path))
     if not isinstance(read, dict):
-        raise TypeError(f"{path}: expected keys and values, got {_kind(read)}")
+        raise TypeError(f"{path}: expected keys and values, got {kind_of(read)}")
     for change in changes:
-        _change(read, change)
+        change_value(read, change)
     return parse_config(read, path.resolve().parent)
 
 
 def parse_config(read: Mapping[str, Any], folder: Path) -> TrainConfig:
     """A configuration from the values of a file in ``folder``. Raises as :func:`read_config`."""
-    keys = _Keys(read, folder)
+    keys = Keys(read, folder)
     stage = keys.number("stage", int, low=1, high=2)
     defaults = STAGES[stage]
     lora = keys.part("lora", _lora)
@@ -203,76 +202,7 @@ def training_arguments(config: TrainConfig, world_size: int) -> TrainingArgument
     return arguments
 
 
-class _Keys:
-    """The keys of a mapping, each taken once and checked; what is left over is unknown."""
-
-    def __init__(self, read: Mapping[str, Any], folder: Path, prefix: str = "") -> None:
-        self.left, self.folder, self.prefix = dict(read), folder, prefix
-        self.known: list[str] = []
-
-    def take(self, key: str, kinds: tuple[type, ...], default: Any = ...) -> Any:
-        """A value of one of ``kinds``; ``null`` is as if it were not there."""
-        self.known.append(key)
-        value = self.left.pop(key, None)
-        if value is None:
-            if default is ...:
-                raise ValueError(f"{self.prefix}{key}: expected a value, got none")
-            return default
-        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-            raise TypeError(
-                f"{self.prefix}{key}: expected {' or '.join(_NAMES[kind] for kind in kinds)}, got {_kind(value)}"
-            )
-        return value
-
-    def number(self, key: str, kind: type, default: Any = ..., low: float = 0, high: float = float("inf")) -> Any:
-        value = self.take(key, (int,) if kind is int else (int, float), default)
-        if value is not None and not low <= value <= high:
-            upper = "" if high == float("inf") else f" to {high:g}"
-            raise ValueError(f"{self.prefix}{key}: expected {low:g}{upper or ' or more'}, got {value}")
-        return value
-
-    def choice(self, key: str, choices: tuple[str, ...], default: Any = ...) -> Any:
-        value = self.take(key, (str,), default)
-        if value not in choices:
-            raise ValueError(f"{self.prefix}{key}: expected {' or '.join(choices)}, got {value!r}")
-        return value
-
-    def path(self, key: str, default: Any = ...) -> Any:
-        value = self.take(key, (str,), default)
-        return value if value is default else self.resolve(value)
-
-    def directory(self, key: str, default: Any = ...) -> Any:
-        path = self.path(key, default)
-        if path is not default and not path.is_dir():
-            raise FileNotFoundError(f"{self.prefix}{key}: expected a directory, got {path}")
-        return path
-
-    def paths(self, key: str, default: Any = ...) -> Any:
-        value = self.take(key, (str, list), default)
-        if value is default:
-            return default
-        values = [value] if isinstance(value, str) else value
-        if not values or not all(isinstance(one, str) for one in values):
-            raise TypeError(f"{self.prefix}{key}: expected a path or a list of paths, got {value!r:.80}")
-        found = tuple(self.resolve(one) for one in values)
-        for one in found:
-            if not one.exists():
-                raise FileNotFoundError(f"{self.prefix}{key}: expected a path that exists, got {one}")
-        return found
-
-    def resolve(self, path: str) -> Path:
-        return (self.folder / Path(path).expanduser()).resolve()
-
-    def part(self, key: str, parse: Any) -> Any:
-        value = self.take(key, (dict,), None)
-        return None if value is None else parse(_Keys(value, self.folder, f"{self.prefix}{key}."))
-
-    def done(self) -> None:
-        for key in self.left:
-            raise ValueError(f"{self.prefix}{key}: unknown; expected {', '.join(self.known)}")
-
-
-def _parts(keys: _Keys, default: tuple[str, ...]) -> tuple[str, ...]:
+def _parts(keys: Keys, default: tuple[str, ...]) -> tuple[str, ...]:
     value = keys.take("train", (list,), list(default))
     for part in value:
         if part not in PARTS:
@@ -282,15 +212,15 @@ def _parts(keys: _Keys, default: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(part for part in PARTS if part in value)
 
 
-def _sources(keys: _Keys) -> tuple[Source, ...]:
+def _sources(keys: Keys) -> tuple[Source, ...]:
     values = keys.take("data", (list,))
     if not values:
         raise ValueError("data: expected at least one source, got none")
     sources = []
     for i, value in enumerate(values):
         if not isinstance(value, dict):
-            raise TypeError(f"data.{i}: expected keys and values, got {_kind(value)}")
-        own = _Keys(value, keys.folder, f"data.{i}.")
+            raise TypeError(f"data.{i}: expected keys and values, got {kind_of(value)}")
+        own = Keys(value, keys.folder, f"data.{i}.")
         sources.append(
             Source(
                 records=own.paths("records"),
@@ -304,7 +234,7 @@ def _sources(keys: _Keys) -> tuple[Source, ...]:
     return tuple(sources)
 
 
-def _lora(keys: _Keys) -> Lora:
+def _lora(keys: Keys) -> Lora:
     rank = keys.number("rank", int, low=1)
     targets = keys.take("targets", (list,), None)
     if targets is not None and not (targets and all(isinstance(one, str) for one in targets)):
@@ -329,8 +259,8 @@ def _arguments(given: dict[str, Any], folder: Path) -> dict[str, Any]:
             raise ValueError(f"arguments.{key}: unknown; expected a field of transformers' TrainingArguments")
         kinds = _scalars(known[key])
         if kinds and (type(value) not in kinds and not (type(value) is int and float in kinds)):
-            names = " or ".join(_NAMES[kind] for kind in kinds)
-            raise TypeError(f"arguments.{key}: expected {names}, got {_kind(value)}")
+            names = " or ".join(NAMES[kind] for kind in kinds)
+            raise TypeError(f"arguments.{key}: expected {names}, got {kind_of(value)}")
     files = {key: given[key] for key in _FILES if isinstance(given.get(key), str)}
     return given | {key: str((folder / Path(name).expanduser()).resolve()) for key, name in files.items()}
 
@@ -340,73 +270,6 @@ def _scalars(hint: Any) -> tuple[type, ...]:
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     parts = typing.get_args(hint) if union else (hint,)
     return tuple(parts) if set(parts) <= {bool, int, float, type(None)} else ()
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number, as everybody means it, and a key comes once."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"expected a name, got {key!r}", key_node.start_mark
-                )
-            if key in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"{key}: given twice", key_node.start_mark)
-            seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
-def _yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{where}: expected YAML: {error}") from error
-    except RecursionError:
-        raise ValueError(f"{where}: expected YAML, got one too deep") from None
-
-
-def _change(read: Any, change: str) -> None:
-    """Apply one ``key=value``."""
-    name, equals, text = change.partition("=")
-    if not equals or not name:
-        raise ValueError(f"--set: expected key=value, got {change!r}")
-    *outer, last = name.split(".")
-    where = read
-    for key in outer:
-        if isinstance(where, dict) and where.get(key) is None:
-            where[key] = {}
-        where = where[_place(where, key, name)]
-    where[_place(where, last, name)] = _yaml(text, f"--set {name}")
-
-
-def _place(where: Any, key: str, name: str) -> Any:
-    if isinstance(where, dict):
-        return key
-    if isinstance(where, list) and key.isdigit() and int(key) < len(where):
-        return int(key)
-    raise ValueError(f"--set: expected a key of the configuration, got {name}")
-
-
-_NAMES = {
-    bool: "true or false", int: "a whole number", float: "a number", str: "a text", list: "a list",
-    dict: "keys and values", type(None): "null",
-}  # fmt: skip
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, (dict, list)):
-        return _NAMES[type(value)]
-    return f"{value!r:.80}"
 
 
 def _plain(value: Any) -> Any:
