@@ -181,9 +181,12 @@ def test_dropout_in_attention_is_refused(tmp_path: Path) -> None:
     prepare(tmp_path, 8, text={"attention_dropout": 0.1})
     with pytest.raises(ValueError, match="model: expected attention_dropout 0 in text_config"):
         train(tmp_path)
-    prepare(tmp_path / "b", 8) if (tmp_path / "b").mkdir() is None else None
-    with pytest.raises(ValueError, match="max_length: expected at most 2048"):
-        train(tmp_path / "b", max_length=4096)
+
+
+def test_rows_longer_than_the_decoder_has_positions_are_refused(tmp_path: Path) -> None:
+    prepare(tmp_path, 8)
+    with pytest.raises(ValueError, match="max_length: expected at most 2048, the decoder's positions, got 4096"):
+        train(tmp_path, max_length=4096)
 
 
 def test_tensorboard(folder: Path) -> None:
