@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
@@ -95,20 +95,22 @@ def keep_newest(out: Path, limit: int | None) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def explain(error: Exception, out: Path, what: str) -> Exception:
-    """What to raise for an error while ``what`` was written to ``out``: one line where the disk is full."""
+def fail(error: Exception, out: Path, what: str) -> NoReturn:
+    """Raise what happened while ``what`` was written to ``out``: one line where the disk is full, else ``error``."""
     # Libraries wrap what the system said, or drop it.
-    codes, cause = [], error
-    while cause is not None:
-        codes.append(getattr(cause, "errno", None))
-        cause = cause.__cause__ or cause.__context__  # type: ignore[assignment]
+    chain: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in chain:
+        chain.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    codes = [getattr(one, "errno", None) for one in chain]
     said = "no space left" in str(error).lower() or "os error 28" in str(error).lower()
     free = shutil.disk_usage(out).free
     if not (any(code in _FULL for code in codes) or said or free < _LITTLE):
-        return error
+        raise error
     last = complete_checkpoints(out)
     kept = f"{last[-1]} is the last complete one, and --resume goes on from it" if last else "there is no earlier one"
-    return CheckpointError(f"{what}: the disk of {out} is full ({free / 2**20:.0f} MiB left); {kept}")
+    raise CheckpointError(f"{what}: the disk of {out} is full ({free / 2**20:.0f} MiB left); {kept}") from error
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -89,7 +89,7 @@ def run(config: TrainConfig, *, resume: bool = False) -> FlashSlothTrainer:
     except checkpoints.CheckpointError:
         raise
     except OSError as error:  # logs need little room, but they need some
-        raise checkpoints.explain(error, config.out, "logs") from error
+        checkpoints.fail(error, config.out, "logs")
     trainer.save_final(processor, config.lora)
     return trainer
 

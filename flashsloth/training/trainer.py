@@ -170,7 +170,7 @@ class FlashSlothTrainer(Trainer):
                 processor.save_pretrained(self.out)
                 model.save_pretrained(self.out, state_dict=state)
             except Exception as error:
-                raise checkpoints.explain(error, self.out, "the trained model") from error
+                checkpoints.fail(error, self.out, "the trained model")
         self.accelerator.wait_for_everyone()
 
     def _get_output_dir(self, trial: Any = None) -> str:
@@ -214,7 +214,7 @@ class FlashSlothTrainer(Trainer):
             shutil.rmtree(self.out / checkpoints.STAGING, ignore_errors=True)
         if failed is None:
             raise CheckpointError(f"checkpoint of step {step}: another process could not write its part")
-        raise checkpoints.explain(failed, self.out, f"checkpoint of step {step}") from failed
+        checkpoints.fail(failed, self.out, f"checkpoint of step {step}")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
