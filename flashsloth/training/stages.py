@@ -145,9 +145,9 @@ def load_tower(model: FlashSlothForConditionalGeneration, directory: Path) -> No
 def set_trained(model: FlashSlothForConditionalGeneration, parts: Iterable[str]) -> None:
     """Let ``parts`` have gradients, and nothing else."""
     chosen = set(parts)
-    for part, modules in PARTS.items():
-        for name in modules:
-            getattr(model, name).requires_grad_(part in chosen)
+    for part in PARTS:
+        for module in _modules(model, part):
+            module.requires_grad_(part in chosen)
     # Without this the tower would run without gradients whatever its weights ask for.
     model.config.freeze_vision_tower = "tower" not in chosen
 
@@ -155,10 +155,10 @@ def set_trained(model: FlashSlothForConditionalGeneration, parts: Iterable[str])
 def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Part -> (all parameters, those that are trained); shared ones count once, where they come first."""
     counts, seen = {}, set()
-    for part, modules in PARTS.items():
+    for part in PARTS:
         every = trained = 0
-        for name in modules:
-            for weight in getattr(model, name).parameters():
+        for module in _modules(model, part):
+            for weight in module.parameters():
                 if id(weight) in seen:
                     continue
                 seen.add(id(weight))
@@ -166,3 +166,8 @@ def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
                 trained += weight.numel() if weight.requires_grad else 0
         counts[part] = (every, trained)
     return counts
+
+
+def _modules(model: nn.Module, part: str) -> list[nn.Module]:
+    """Those that the model has: one without embedded queries has none of theirs."""
+    return [getattr(model, name) for name in PARTS[part] if hasattr(model, name)]
