@@ -1,0 +1,210 @@
+"""Pretrain a vision tower on what each patch shows, as SigLIP's was trained before FlashSloth was.
+
+Every picture is a new one of the training split of ``sight``, or one of the 9,800 of Sort-of-CLEVR, seen as a whole or, as HD cuts it, a
+quarter. The heads that are trained on top are thrown away.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset
+from transformers import SiglipVisionConfig, SiglipVisionModel
+
+from flashsloth.data.sight.dice import Dice
+from flashsloth.data.sight.sample import Sample, Settings, make_sample
+from flashsloth.data.sight.sort_of_clevr import COUNTS as SORT_OF_CLEVR_COUNTS
+from flashsloth.data.sight.sort_of_clevr import SIZE as SORT_OF_CLEVR_SIZE
+from flashsloth.data.sight.sources import load_sources
+from flashsloth.image_processing import FlashSlothImageProcessor
+from flashsloth.nano.muon import Muon
+from flashsloth.nano.patches import COLUMNS, GEOMETRY, INKS, KINDS, LETTERS, PLACES, label_patches, views
+
+_STATE = "tower.pt"
+_HEADS = {"kind": len(KINDS), "ink": len(INKS), "letter": COLUMNS * LETTERS, "place": COLUMNS * PLACES}
+_LOSSES = (*_HEADS, "geometry")
+_GEOMETRY_WEIGHT = 20.0  # squares of parts of a side are small numbers
+
+
+@dataclass(frozen=True)
+class TowerTraining:
+    """``steps`` of ``batch`` views; the learning rate rises over ``warmup`` steps, stays, and falls to 0 over the last
+    ``decay`` of them. Matrices of the layers are trained by Muon, all else by AdamW."""
+
+    steps: int = 6000
+    batch: int = 16
+    learning_rate: float = 1e-3
+    muon_learning_rate: float = 0.01
+    warmup: int = 200
+    decay: int = 2000
+    weight_decay: float = 0.01
+    sort_of_clevr: float = 0.15  # share of the pictures
+    seed: int = 0
+
+    def rate(self, step: int) -> float:
+        """Factor of the learning rates at a step."""
+        return min(1.0, (step + 1) / self.warmup, (self.steps - step) / self.decay)
+
+
+class Views(IterableDataset):
+    """Batches of (pixel values, labels) from step ``first`` on, each a function of the seed and its number alone."""
+
+    def __init__(self, config: SiglipVisionConfig, training: TowerTraining, first: int) -> None:
+        self.config, self.training, self.first = config, training, first
+        self.processor = FlashSlothImageProcessor(image_size=config.image_size)
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        sources = load_sources()
+        for step in range(self.first, self.training.steps):
+            rows = [self._row(step * self.training.batch + i, sources) for i in range(self.training.batch)]
+            yield {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
+
+    def _row(self, number: int, sources: Any) -> dict[str, np.ndarray]:
+        dice = Dice(self.training.seed, "view", number)
+        if dice.coin(self.training.sort_of_clevr):  # its protocol publishes how many pictures there are to train on
+            settings = Settings(self.training.seed, SORT_OF_CLEVR_SIZE, sort_of_clevr=True)
+            sample = make_sample(settings, "train", number % SORT_OF_CLEVR_COUNTS["train"], None)
+        else:
+            sample = make_sample(Settings(self.training.seed), "train", number, sources)
+        view, image = self._view(sample, dice)
+        config = self.config
+        labels = label_patches(
+            sample.scene, view, config.image_size // config.patch_size, config.patch_size, sample.photograph
+        )
+        return {"pixels": self.processor.pixel_values([("image", image)])[0, 0], **asdict(labels)}
+
+    def _view(self, sample: Sample, dice: Dice) -> tuple[Any, Image.Image]:
+        """Mostly the whole. Pictures with small print mostly as the quarter where it begins."""
+        side = self.config.image_size
+        whole, quarters = views(sample.scene.size, side)
+        small = sample.scene.of("small")
+        if sample.scene.kind == "sort-of-clevr" or not dice.coin(0.6 if small else 0.1):
+            return whole, sample.image
+        index = dice.integer(0, 3)
+        if small and dice.coin(0.75):
+            start = small[0].x - small[0].half[0] / 2
+            index = 2 * (small[0].y > sample.scene.size / 2) + (start > sample.scene.size / 2)
+        row, column = divmod(index, 2)
+        square = sample.image.resize((2 * side, 2 * side), Image.Resampling.BICUBIC)
+        return quarters[index], square.crop((column * side, row * side, (column + 1) * side, (row + 1) * side))
+
+
+class PatchReader(nn.Module):
+    """A tower and one linear head a label."""
+
+    def __init__(self, config: SiglipVisionConfig) -> None:
+        super().__init__()
+        self.tower = SiglipVisionModel(config)
+        inner = getattr(self.tower, "vision_model", self.tower)  # nested in some versions
+        inner.post_layernorm = nn.Identity()  # as FlashSloth takes the output of a layer
+        self.heads = nn.ModuleDict(
+            {name: nn.Linear(config.hidden_size, width) for name, width in {**_HEADS, "geometry": GEOMETRY}.items()}
+        )
+
+    def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        """Logits of shape (B, patches, classes), and geometry (B, patches, 5)."""
+        features = self.tower(pixels).last_hidden_state
+        features = F.layer_norm(features, features.shape[-1:])
+        return {name: head(features) for name, head in self.heads.items()}
+
+
+def losses(found: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Means over patches. Where there is nothing counts a tenth: most of a picture is empty."""
+    result = {}
+    for name, classes in (("kind", len(KINDS)), ("ink", len(INKS)), ("letter", LETTERS), ("place", PLACES)):
+        logits, target = found[name].reshape(-1, classes), batch[name].flatten()
+        weight = torch.where(target > 0, 1.0, 0.1)
+        loss = F.cross_entropy(logits, target, reduction="none")
+        result[name] = (loss * weight).sum() / weight.sum()
+    there = (batch["kind"].flatten() > 0)[:, None]
+    error = (found["geometry"].flatten(0, 1) - batch["geometry"].flatten(0, 2)) ** 2
+    result["geometry"] = _GEOMETRY_WEIGHT * (error * there).sum() / (there.sum().clamp(min=1) * GEOMETRY)
+    return result
+
+
+@torch.no_grad()
+def accuracies(found: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, float]:
+    """Share of patches that are right, where there is something."""
+    result = {}
+    for name, classes in (("kind", len(KINDS)), ("ink", len(INKS)), ("letter", LETTERS), ("place", PLACES)):
+        target = batch[name].flatten()
+        right = found[name].reshape(-1, classes).argmax(1) == target
+        result[name] = right[target > 0].float().mean().item()
+    return result
+
+
+def optimizers(model: nn.Module, training: TowerTraining) -> list[torch.optim.Optimizer]:
+    layers = [p for name, p in model.named_parameters() if ".layers." in name and p.dim() == 2]
+    chosen = {id(p) for p in layers}
+    rest = [p for p in model.parameters() if id(p) not in chosen]
+    muon = Muon(layers, lr=training.muon_learning_rate, weight_decay=training.weight_decay)
+    adamw = torch.optim.AdamW(
+        rest, lr=training.learning_rate, betas=(0.9, 0.98), weight_decay=training.weight_decay, fused=True
+    )
+    return [muon, adamw]
+
+
+def train_tower(
+    config: SiglipVisionConfig, out: Path, training: TowerTraining, *, device: str = "cpu", save_every: int = 250
+) -> Path:
+    """Trains, or goes on where an earlier call stopped, and writes the tower to ``out`` as transformers does.
+
+    Beside it: ``log.jsonl``, losses and accuracies every 25 steps, and ``tower.pt``, what is needed to go on.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(training.seed)
+    model = PatchReader(config).to(device)
+    steppers = optimizers(model, training)
+    bases = [group["lr"] for stepper in steppers for group in stepper.param_groups]
+    first = 0
+    if (out / _STATE).is_file():
+        state = torch.load(out / _STATE, weights_only=True, map_location=device)
+        if state["training"] != asdict(training):
+            raise ValueError(f"{out}: expected a state of {asdict(training)}, got one of {state['training']}")
+        model.load_state_dict(state["model"])
+        for stepper, saved in zip(steppers, state["optimizers"], strict=True):
+            stepper.load_state_dict(saved)
+        first = state["step"]
+    loader = DataLoader(Views(config, training, first), batch_size=None, num_workers=1, prefetch_factor=8)
+    sums, began = dict.fromkeys(_LOSSES, 0.0), time.perf_counter()
+    for step, cpu_batch in enumerate(loader, first):
+        batch = {name: value.to(device) for name, value in cpu_batch.items()}
+        groups = [group for stepper in steppers for group in stepper.param_groups]
+        for group, base in zip(groups, bases, strict=True):
+            group["lr"] = base * training.rate(step)
+        found = model(batch["pixels"])
+        parts = losses(found, batch)
+        sum(parts.values()).backward()  # type: ignore[union-attr]
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for stepper in steppers:
+            stepper.step()
+            stepper.zero_grad()
+        for name, value in parts.items():
+            sums[name] += value.item()
+        done = step + 1
+        if done % 25 == 0:
+            seconds = (time.perf_counter() - began) / (done - first)
+            line = {"step": done, "seconds_per_step": round(seconds, 3)}
+            line |= {name: round(value / 25, 4) for name, value in sums.items()}
+            line |= {f"{name}_accuracy": round(value, 4) for name, value in accuracies(found, batch).items()}
+            with (out / "log.jsonl").open("a") as log:
+                log.write(json.dumps(line) + "\n")
+            sums = dict.fromkeys(_LOSSES, 0.0)
+        if done % save_every == 0 or done == training.steps:
+            state = {"step": done, "training": asdict(training), "model": model.state_dict()}
+            state["optimizers"] = [stepper.state_dict() for stepper in steppers]
+            torch.save(state, out / f"{_STATE}.partial")
+            os.replace(out / f"{_STATE}.partial", out / _STATE)
+    model.tower.save_pretrained(out)
+    return out
