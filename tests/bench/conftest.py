@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from bench.timing import fixed_threads
+from tests.bench.reports import Factory
 
 
 @pytest.fixture(autouse=True)
@@ -14,3 +16,8 @@ def _one_thread() -> Iterator[None]:
     """Times of two threads on a busy machine say nothing, and small work is slower with them."""
     with fixed_threads(1):
         yield
+
+
+@pytest.fixture
+def factory(tmp_path: Path) -> Factory:
+    return Factory(tmp_path / "results")

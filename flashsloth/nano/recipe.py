@@ -1,0 +1,100 @@
+"""``make nano``: flashsloth-nano from nothing. Each step leaves a folder and is left out when it is there.
+
+    OUT/data/sight, OUT/data/sort-of-clevr    pictures, questions, captions
+    OUT/start                                 configuration, tokenizer, processor
+    OUT/tower                                 the vision tower, pretrained on what patches show
+    OUT/stage1, OUT/stage2                    the two stages, by stage1.yaml and stage2.yaml of this folder
+    OUT/weights                               what ships: stage 2 in bfloat16, rounded to nearest even
+
+A run that was interrupted goes on by the same command.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from flashsloth.data.sight import make_sight
+from flashsloth.data.sight.sample import Settings
+from flashsloth.data.sight.sort_of_clevr import SIZE
+from flashsloth.nano.model import vision_config, write_start
+from flashsloth.nano.tower import TowerTraining, train_tower
+
+STAGES = ("stage1", "stage2")
+PICTURES = {"train": 60_000, "validation": 1_000, "test": 2_000}
+SMALL_PRINT_SHARE = 3  # every third picture with a question on small print is trained on in five tiles too
+_HERE = Path(__file__).parent
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=Path("nano"), metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes that draw pictures (%(default)s)")
+    parser.add_argument("--until", choices=[name for name, _ in STEPS], help="the last step to do")
+
+
+def main(options: argparse.Namespace) -> None:
+    out: Path = options.out
+    for name, step in STEPS:
+        print(f"== {name}", flush=True)
+        step(out, options.jobs)
+        if name == options.until:
+            return
+
+
+def _data(out: Path, jobs: int) -> None:
+    """``make_sight`` keeps what is finished."""
+    make_sight(out / "data" / "sight", Settings(), PICTURES, shards=True, jobs=jobs)
+    make_sight(out / "data" / "sort-of-clevr", Settings(size=SIZE, sort_of_clevr=True), shards=True, jobs=jobs)
+    train = out / "data" / "sight" / "train"
+    records = json.loads((train / "questions.json").read_text())
+    small = [record for record in records if "small-print" in record["kinds"]][::SMALL_PRINT_SHARE]
+    (out / "data" / "small-print.json").write_text(json.dumps(small))
+
+
+def _start(out: Path, jobs: int) -> None:
+    if not (out / "start" / "config.json").is_file():
+        write_start(out / "start")
+
+
+def _tower(out: Path, jobs: int) -> None:
+    if not (out / "tower" / "model.safetensors").is_file():
+        train_tower(vision_config(), out / "tower", TowerTraining(), device=_device())
+
+
+def _stage(out: Path, name: str) -> None:
+    from flashsloth.training import command
+    from flashsloth.training.config import read_config
+
+    if (out / name / "model.safetensors").is_file():
+        return
+    file = out / f"{name}.yaml"
+    shutil.copyfile(_HERE / f"{name}.yaml", file)
+    command.run(read_config(file), resume=True)
+
+
+def _weights(out: Path, jobs: int) -> None:
+    from flashsloth.modeling import FlashSlothForConditionalGeneration
+    from flashsloth.processing import FlashSlothProcessor
+
+    model = FlashSlothForConditionalGeneration.from_pretrained(out / "stage2", dtype=torch.float32)
+    model.to(torch.bfloat16).save_pretrained(out / "weights")
+    FlashSlothProcessor.from_pretrained(out / "stage2").save_pretrained(out / "weights")
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+STEPS: tuple[tuple[str, Callable[[Path, int], object]], ...] = (
+    ("data", _data),
+    ("start", _start),
+    ("tower", _tower),
+    ("stage1", lambda out, jobs: _stage(out, "stage1")),
+    ("stage2", lambda out, jobs: _stage(out, "stage2")),
+    ("weights", _weights),
+)
