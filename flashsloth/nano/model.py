@@ -12,8 +12,8 @@ from flashsloth.nano.tokenizer import build_tokenizer, words_of_questions
 from flashsloth.processing import FlashSlothProcessor
 from flashsloth.prompt import IMAGE_TOKEN, QUERY_TOKEN
 
-# 108 pixels in patches of 6 are a grid of 18 x 18, which windows of 3 pool to 36 tokens; pictures of ``sight`` have 216,
-# so the four tiles of HD see every pixel.
+# 108 pixels in patches of 6 are a grid of 18 x 18, which windows of 3 pool to 36 tokens. Pictures of ``sight`` have 216
+# pixels, so the four tiles of HD see every one.
 VISION = {
     "hidden_size": 128,
     "intermediate_size": 512,

@@ -1,7 +1,7 @@
 """Pretrain a vision tower on what each patch shows, as SigLIP's was trained before FlashSloth was.
 
-Every picture is a new one of the training split of ``sight``, or one of the 9,800 of Sort-of-CLEVR, seen as a whole or, as HD cuts it, a
-quarter. The heads that are trained on top are thrown away.
+A picture is a crowd of things, a new one of the training split of ``sight``, or one of the 9,800 of Sort-of-CLEVR, seen
+as a whole or, as HD cuts it, a quarter. The heads that are trained on top are thrown away.
 """
 
 from __future__ import annotations
@@ -23,13 +23,16 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from flashsloth.data.sight.dice import Dice
-from flashsloth.data.sight.sample import Sample, Settings, make_sample
+from flashsloth.data.sight.paint import paint
+from flashsloth.data.sight.sample import SIZE, Settings, make_sample
+from flashsloth.data.sight.scene import Scene
 from flashsloth.data.sight.sort_of_clevr import COUNTS as SORT_OF_CLEVR_COUNTS
 from flashsloth.data.sight.sort_of_clevr import SIZE as SORT_OF_CLEVR_SIZE
-from flashsloth.data.sight.sources import load_sources
+from flashsloth.data.sight.sources import Sources, load_sources
 from flashsloth.image_processing import FlashSlothImageProcessor
+from flashsloth.nano.crowd import crowd
 from flashsloth.nano.muon import Muon
-from flashsloth.nano.patches import COLUMNS, GEOMETRY, INKS, KINDS, LETTERS, PLACES, label_patches, views
+from flashsloth.nano.patches import COLUMNS, GEOMETRY, INKS, KINDS, LETTERS, PLACES, View, label_patches, views
 
 _STATE = "tower.pt"
 _HEADS = {"kind": len(KINDS), "ink": len(INKS), "letter": COLUMNS * LETTERS, "place": COLUMNS * PLACES}
@@ -49,7 +52,8 @@ class TowerTraining:
     warmup: int = 200
     decay: int = 2000
     weight_decay: float = 0.01
-    sort_of_clevr: float = 0.15  # share of the pictures
+    crowds: float = 0.6  # shares of the pictures
+    sort_of_clevr: float = 0.15
     seed: int = 0
 
     def rate(self, step: int) -> float:
@@ -72,31 +76,39 @@ class Views(IterableDataset):
 
     def _row(self, number: int, sources: Any) -> dict[str, np.ndarray]:
         dice = Dice(self.training.seed, "view", number)
-        if dice.coin(self.training.sort_of_clevr):  # its protocol publishes how many pictures there are to train on
-            settings = Settings(self.training.seed, SORT_OF_CLEVR_SIZE, sort_of_clevr=True)
-            sample = make_sample(settings, "train", number % SORT_OF_CLEVR_COUNTS["train"], None)
-        else:
-            sample = make_sample(Settings(self.training.seed), "train", number, sources)
-        view, image = self._view(sample, dice)
+        scene, image, photograph = self._picture(number, dice, sources)
+        view, image = self._view(scene, image, dice)
         config = self.config
-        labels = label_patches(
-            sample.scene, view, config.image_size // config.patch_size, config.patch_size, sample.photograph
-        )
+        labels = label_patches(scene, view, config.image_size // config.patch_size, config.patch_size, photograph)
         return {"pixels": self.processor.pixel_values([("image", image)])[0, 0], **asdict(labels)}
 
-    def _view(self, sample: Sample, dice: Dice) -> tuple[Any, Image.Image]:
-        """Mostly the whole. Pictures with small print mostly as the quarter where it begins."""
+    def _picture(self, number: int, dice: Dice, sources: Sources) -> tuple[Scene, Image.Image, bool]:
+        """A scene, its picture, and whether a photograph is behind it."""
+        training = self.training
+        kind = dice.between(0, 1)
+        if kind < training.crowds:
+            scene = crowd(dice, SIZE, sources)
+            return scene, *paint(scene, dice, "train", sources)
+        if kind < training.crowds + training.sort_of_clevr:  # published is how many pictures there are to train on
+            settings = Settings(training.seed, SORT_OF_CLEVR_SIZE, sort_of_clevr=True)
+            sample = make_sample(settings, "train", number % SORT_OF_CLEVR_COUNTS["train"], None)
+        else:
+            sample = make_sample(Settings(training.seed), "train", number, sources)
+        return sample.scene, sample.image, sample.photograph
+
+    def _view(self, scene: Scene, image: Image.Image, dice: Dice) -> tuple[View, Image.Image]:
+        """Mostly the whole. Pictures with small print often as a quarter, which is where it begins if there is one."""
         side = self.config.image_size
-        whole, quarters = views(sample.scene.size, side)
-        small = sample.scene.of("small")
-        if sample.scene.kind == "sort-of-clevr" or not dice.coin(0.6 if small else 0.1):
-            return whole, sample.image
+        whole, quarters = views(scene.size, side)
+        small = scene.of("small")
+        if scene.kind == "sort-of-clevr" or not dice.coin(0.4 if small else 0.1):
+            return whole, image
         index = dice.integer(0, 3)
-        if small and dice.coin(0.75):
+        if scene.kind == "label":
             start = small[0].x - small[0].half[0] / 2
-            index = 2 * (small[0].y > sample.scene.size / 2) + (start > sample.scene.size / 2)
+            index = 2 * (small[0].y > scene.size / 2) + (start > scene.size / 2)
         row, column = divmod(index, 2)
-        square = sample.image.resize((2 * side, 2 * side), Image.Resampling.BICUBIC)
+        square = image.resize((2 * side, 2 * side), Image.Resampling.BICUBIC)
         return quarters[index], square.crop((column * side, row * side, (column + 1) * side, (row + 1) * side))
 
 
