@@ -32,6 +32,7 @@ from flashsloth.data.sight.sources import Sources, load_sources
 from flashsloth.image_processing import FlashSlothImageProcessor
 from flashsloth.nano.crowd import crowd
 from flashsloth.nano.muon import Muon
+from flashsloth.nano.neighbours import look_at_neighbours
 from flashsloth.nano.patches import COLUMNS, GEOMETRY, INKS, KINDS, LETTERS, PLACES, View, label_patches, views
 
 _STATE = "tower.pt"
@@ -120,6 +121,7 @@ class PatchReader(nn.Module):
         self.tower = SiglipVisionModel(config)
         inner = getattr(self.tower, "vision_model", self.tower)  # nested in some versions
         inner.post_layernorm = nn.Identity()  # as FlashSloth takes the output of a layer
+        look_at_neighbours(self.tower)
         self.heads = nn.ModuleDict(
             {name: nn.Linear(config.hidden_size, width) for name, width in {**_HEADS, "geometry": GEOMETRY}.items()}
         )
