@@ -1,4 +1,4 @@
-"""Muon (Jordan et al., 2024): momentum, made orthogonal. ``torch.optim.Muon`` does it in bf16 and matrix by matrix, which
+"""Muon (Jordan et al., 2024): momentum, made orthogonal. ``torch.optim.Muon`` does it in bf16, matrix by matrix, which
 takes longer than the rest of a step on a processor without bf16; here it is fp32 and in batches."""
 
 from __future__ import annotations

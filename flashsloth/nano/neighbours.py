@@ -20,6 +20,7 @@ OFFSETS = (
     ((1, 1), (1, -1), (-1, 1), (-1, -1)),
     ((0, 2), (0, -2), (2, 0), (-2, 0)),
 )
+_ADDED = 0.3
 _PEAK = 10.0  # by how much the logit of that patch is above those of others
 
 
@@ -42,6 +43,9 @@ def look_at_neighbours(tower: SiglipVisionModel) -> None:
     embeddings.patch_embedding.weight[:head] = 0  # these channels are for the position
     embeddings.position_embedding.weight.zero_()
     embeddings.position_embedding.weight[:, :head] = torch.cat((_waves(across, waves), _waves(down, waves)), -1)
+    for layer in layers:  # what a layer adds is small at first, so that pixels are not lost under it
+        layer.self_attn.out_proj.weight *= _ADDED
+        layer.mlp.fc2.weight *= _ADDED
     # Waves of lengths side / k for k = 1 ... waves: together they are a peak at no distance, and flat elsewhere.
     gain = math.sqrt(_PEAK * math.sqrt(head) / waves)
     for layer, offsets in zip(layers, OFFSETS, strict=False):

@@ -46,12 +46,12 @@ class TowerTraining:
     """``steps`` of ``batch`` views; the learning rate rises over ``warmup`` steps, stays, and falls to 0 over the last
     ``decay`` of them. Matrices of the layers are trained by Muon, all else by AdamW."""
 
-    steps: int = 6000
+    steps: int = 4000
     batch: int = 16
-    learning_rate: float = 1e-3
-    muon_learning_rate: float = 0.01
-    warmup: int = 200
-    decay: int = 2000
+    learning_rate: float = 3e-3
+    muon_learning_rate: float = 0.02
+    warmup: int = 60
+    decay: int = 1300
     weight_decay: float = 0.01
     crowds: float = 0.6  # shares of the pictures
     sort_of_clevr: float = 0.15
