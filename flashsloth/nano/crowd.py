@@ -1,7 +1,7 @@
-"""Pictures with as many things in them as fit: a picture of ``sight`` shows a few letters, one of these dozens.
+"""Pictures as full as can be: a picture of ``sight`` shows a dozen letters, one of these a hundred.
 
-They have no questions. They are for a tower to learn what things look like, and are of the training split: its digit
-samples, its words, its photographs.
+They have no questions. They are for a tower to learn what things look like at every place relative to its patches, and
+are of the training split: its digit samples, its words, its photographs.
 """
 
 from __future__ import annotations
@@ -11,46 +11,47 @@ from flashsloth.data.sight.scene import COLORS, MARGIN, SHAPES, SMALL_PRINT, Sce
 from flashsloth.data.sight.sources import FACES, SMALL_FACES, Sources, font
 from flashsloth.data.sight.words import draw_word
 
-_FAMILIES, _SHARES = ("word", "small", "digit", "shape"), (5, 3, 3, 2)
-_TRIES = 60
-_GAP = 0.01  # of the side
+_FAMILIES, _SHARES = ("word", "small", "digit", "shape"), (6, 2, 2, 2)
 
 
 def crowd(dice: Dice, size: int, sources: Sources) -> Scene:
-    """A scene of ``size`` x ``size`` pixels; no two things touch."""
+    """A scene of ``size`` x ``size`` pixels: rows of words, of small print, of digits or of shapes, as they come."""
     things: list[Thing] = []
-    for _ in range(_TRIES):
-        thing = _thing(dice, size, sources)
-        reach = tuple(half + _GAP * size for half in thing.half)
-        if all(
-            abs(thing.x - other.x) > reach[0] + other.half[0] or abs(thing.y - other.y) > reach[1] + other.half[1]
-            for other in things
-        ):
-            things.append(thing)
-    return Scene("crowd", size, tuple(things))
+    top = dice.between(0, MARGIN) * size
+    while True:
+        row = _row(dice, size, sources, top)
+        bottom = max(thing.y + thing.half[1] for thing in row)
+        if bottom > size:
+            return Scene("crowd", size, tuple(things))
+        things += row
+        top = bottom + dice.between(0, 0.03) * size
 
 
-def _thing(dice: Dice, size: int, sources: Sources) -> Thing:
-    family, color = dice.weighted(_FAMILIES, _SHARES), dice.choice(COLORS)
-    name, face, turn, source = "", "", 0.0, 0
-    if family == "shape":
-        name, turn = dice.choice(SHAPES), dice.between(-20, 20)
-        half = (size * dice.between(0.055, 0.11),) * 2
-    elif family == "digit":
-        source, turn = dice.choice(sources.digit_ids["train"]), dice.between(-8, 8)
-        name = str(sources.labels[source])
-        half = (size * dice.between(0.10, 0.16),) * 2
-    else:
-        small = family == "small"
-        name, face = draw_word(dice, "train"), dice.choice(SMALL_FACES if small else FACES)
-        source = round(SMALL_PRINT * size) if small else round(size * dice.between(0.11, 0.19))
-        width = font(face, source).getlength(name) / 2
-        if small:
-            color, half = "black", (width + 0.03 * size, 0.75 * source + 0.01 * size)
+def _row(dice: Dice, size: int, sources: Sources, top: float) -> list[Thing]:
+    """Things beside each other, their upper edges roughly at ``top``."""
+    family = dice.weighted(_FAMILIES, _SHARES)
+    scale, face = dice.between(0, 1), dice.choice(SMALL_FACES if family == "small" else FACES)
+    things: list[Thing] = []
+    left = dice.between(0, 0.06) * size
+    while True:
+        name, turn, source = "", 0.0, 0
+        if family == "shape":
+            name, turn = dice.choice(SHAPES), dice.between(-20, 20)
+            half = (size * (0.055 + 0.045 * scale),) * 2
+        elif family == "digit":
+            source, turn = dice.choice(sources.digit_ids["train"]), dice.between(-8, 8)
+            name = str(sources.labels[source])
+            half = (size * (0.09 + 0.05 * scale),) * 2
         else:
-            turn, half = dice.between(-5, 5), (min(width + 0.02 * size, 0.47 * size), 0.6 * source + 0.01 * size)
-
-    def place(half: float) -> int:
-        return round(dice.between(half + MARGIN * size, (1 - MARGIN) * size - half))
-
-    return Thing(family, name, color, place(half[0]), place(half[1]), half, turn, source, face)
+            name = draw_word(dice, "train")
+            source = round(SMALL_PRINT * size) if family == "small" else round(size * (0.10 + 0.09 * scale))
+            width = font(face, source).getlength(name) / 2
+            half = (width + (0.03 if family == "small" else 0.02) * size, (0.75 if family == "small" else 0.6) * source)
+            turn = 0.0 if family == "small" else dice.between(-5, 5)
+        x = left + half[0]
+        if x + half[0] > size:
+            return things or _row(dice, size, sources, top)
+        color = "black" if family == "small" else dice.choice(COLORS)
+        y = top + half[1] + dice.between(0, 0.02) * size
+        things.append(Thing(family, name, color, round(x), round(y), half, turn, source, face))
+        left = x + half[0] + dice.between(0, 0.04) * size

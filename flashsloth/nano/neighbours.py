@@ -12,6 +12,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import SiglipVisionModel
 
 # (down, right) of the patch that each of four heads looks at, layer by layer. Later layers start at random.
@@ -21,6 +22,7 @@ OFFSETS = (
     ((0, 2), (0, -2), (2, 0), (-2, 0)),
 )
 _ADDED = 0.3
+_FAINT = 0.003  # what is fainter is noise
 _PEAK = 10.0  # by how much the logit of that patch is above those of others
 
 
@@ -41,6 +43,7 @@ def look_at_neighbours(tower: SiglipVisionModel) -> None:
     across, down = torch.meshgrid(places, places, indexing="xy")
     embeddings = inner.embeddings
     embeddings.patch_embedding.weight[:head] = 0  # these channels are for the position
+    embeddings.patch_embedding.bias.zero_()
     embeddings.position_embedding.weight.zero_()
     embeddings.position_embedding.weight[:, :head] = torch.cat((_waves(across, waves), _waves(down, waves)), -1)
     for layer in layers:  # what a layer adds is small at first, so that pixels are not lost under it
@@ -57,6 +60,28 @@ def look_at_neighbours(tower: SiglipVisionModel) -> None:
         for i, (below, right) in enumerate(offsets):
             key[i, :, :head] = gain * torch.eye(head)
             query[i, :, :head] = gain * torch.block_diag(_shift(right, waves, side), _shift(below, waves, side))
+
+
+@torch.no_grad()
+def whiten_patches(tower: SiglipVisionModel, pixels: Tensor) -> None:
+    """Let the other channels hold the principal components of patches, at about equal strength. As it is, the mean
+    colour of a patch is 25 times as strong as any edge in it.
+
+    Args:
+        pixels: (B, 3, S, S), pictures of the kind that will be seen.
+    """
+    inner = getattr(tower, "vision_model", tower)
+    embedding, waves = inner.embeddings.patch_embedding, inner.config.hidden_size // inner.config.num_attention_heads
+    patches = F.unfold(pixels, inner.config.patch_size, stride=inner.config.patch_size).mT.flatten(0, 1).double()
+    mean = patches.mean(0)
+    strength, directions = torch.linalg.eigh(torch.cov((patches - mean).T))
+    wanted = inner.config.hidden_size - waves
+    if len(strength) < wanted:
+        raise ValueError(f"patch_size: expected patches of at least {wanted} values, got {len(strength)}")
+    strength, directions = strength.flip(0)[:wanted], directions.flip(1)[:, :wanted]
+    weight = (directions / (strength + _FAINT).sqrt()).T
+    embedding.weight[waves:] = weight.view(wanted, *embedding.weight.shape[1:]).float()
+    embedding.bias[waves:] = -(weight @ mean).float()
 
 
 def _waves(places: Tensor, count: int) -> Tensor:

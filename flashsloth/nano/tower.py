@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,11 @@ from flashsloth.data.sight.sources import Sources, load_sources
 from flashsloth.image_processing import FlashSlothImageProcessor
 from flashsloth.nano.crowd import crowd
 from flashsloth.nano.muon import Muon
-from flashsloth.nano.neighbours import look_at_neighbours
+from flashsloth.nano.neighbours import look_at_neighbours, whiten_patches
 from flashsloth.nano.patches import COLUMNS, GEOMETRY, INKS, KINDS, LETTERS, PLACES, View, label_patches, views
 
 _STATE = "tower.pt"
+_WHITENED = 16  # batches
 _HEADS = {"kind": len(KINDS), "ink": len(INKS), "letter": COLUMNS * LETTERS, "place": COLUMNS * PLACES}
 _LOSSES = (*_HEADS, "geometry")
 _GEOMETRY_WEIGHT = 20.0  # squares of parts of a side are small numbers
@@ -178,7 +180,9 @@ def train_tower(
     """
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(training.seed)
-    model = PatchReader(config).to(device)
+    model = PatchReader(config)
+    whiten_patches(model.tower, torch.cat([batch["pixels"] for batch in islice(Views(config, training, 0), _WHITENED)]))
+    model.to(device)
     steppers = optimizers(model, training)
     bases = [group["lr"] for stepper in steppers for group in stepper.param_groups]
     first = 0
