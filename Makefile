@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.h csrc/*/*)
 CXX_FILES := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES) $(wildcard tests/emulator/*))
 
-.PHONY: demo test lint format kernels bench bench-check bench-readme gpu-check clean
+.PHONY: demo test lint format kernels bench bench-check bench-readme gpu-check nano clean
 
 demo: $(VENV)/installed
 	$(BIN)/flashsloth demo
@@ -46,6 +46,10 @@ bench-readme: $(VENV)/installed
 # On a GPU: builds with CUDA, tests, compares, checks memory, times; under eight minutes, one JSON.
 gpu-check: $(VENV)/installed
 	$(BIN)/python -m bench gpu-check
+
+# The small model from nothing, into nano/: pictures, tower, two stages. Hours on two CPU cores; goes on after a stop.
+nano: $(VENV)/installed
+	$(BIN)/python -m flashsloth.nano --out nano
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info flashsloth_ops/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

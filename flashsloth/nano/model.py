@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase, SiglipVisionConfig
 
@@ -14,7 +15,7 @@ from flashsloth.prompt import IMAGE_TOKEN, QUERY_TOKEN
 
 # 108 pixels in patches of 6 are a grid of 18 x 18, which windows of 3 pool to 36 tokens. Pictures of ``sight`` have 216
 # pixels, so the four tiles of HD see every one.
-VISION = {
+VISION: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 512,
     "num_hidden_layers": 6,
@@ -22,7 +23,7 @@ VISION = {
     "image_size": 108,
     "patch_size": 6,
 }
-TEXT = {
+TEXT: dict[str, Any] = {
     "model_type": "qwen2",
     "hidden_size": 160,
     "intermediate_size": 432,
@@ -34,7 +35,7 @@ TEXT = {
     "tie_word_embeddings": True,
     "initializer_range": 0.05,
 }
-QUERIES = {"query_layer": 2, "query_dim": 128, "query_heads": 4, "num_queries": 9}
+QUERIES: dict[str, Any] = {"query_layer": 2, "query_dim": 128, "query_heads": 4, "num_queries": 9}
 
 
 def vision_config() -> SiglipVisionConfig:

@@ -9,6 +9,7 @@ as waves, and the queries and keys of a head compare them at an offset: at first
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ def look_at_neighbours(tower: SiglipVisionModel) -> None:
     Raises:
         ValueError: a number of heads that is not four.
     """
-    inner = getattr(tower, "vision_model", tower)  # nested in some versions
+    inner: Any = getattr(tower, "vision_model", tower)  # nested in some versions
     layers, heads = inner.encoder.layers, inner.config.num_attention_heads
     if heads != len(OFFSETS[0]):
         raise ValueError(f"num_attention_heads: expected {len(OFFSETS[0])}, got {heads}")
@@ -70,7 +71,7 @@ def whiten_patches(tower: SiglipVisionModel, pixels: Tensor) -> None:
     Args:
         pixels: (B, 3, S, S), pictures of the kind that will be seen.
     """
-    inner = getattr(tower, "vision_model", tower)
+    inner: Any = getattr(tower, "vision_model", tower)
     embedding, waves = inner.embeddings.patch_embedding, inner.config.hidden_size // inner.config.num_attention_heads
     patches = F.unfold(pixels, inner.config.patch_size, stride=inner.config.patch_size).mT.flatten(0, 1).double()
     mean = patches.mean(0)

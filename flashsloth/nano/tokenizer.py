@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from flashsloth.data.sight.sample import Settings, make_sample
@@ -34,6 +34,8 @@ def build_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerBase:
             raise ValueError(f"words: expected single words, got {word!r}")
         vocabulary.setdefault(piece, len(vocabulary))
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], ignore_merges=True))
+    # A dialogue to train on has a space before its embedded queries, a prompt has none; both are to be the same tokens.
+    tokenizer.normalizer = normalizers.Strip(left=False, right=True)
     tokenizer.pre_tokenizer = splitter
     tokenizer.decoder = decoders.ByteLevel()
     return add_flashsloth_tokens(

@@ -68,8 +68,10 @@ class Views(IterableDataset):
     """Batches of (pixel values, labels) from step ``first`` on, each a function of the seed and its number alone."""
 
     def __init__(self, config: SiglipVisionConfig, training: TowerTraining, first: int) -> None:
-        self.config, self.training, self.first = config, training, first
-        self.processor = FlashSlothImageProcessor(image_size=config.image_size)
+        self.training, self.first = training, first
+        self.config: Any = config
+        side: Any = config.image_size  # for SigLIP in general a side may be a pair of numbers
+        self.processor = FlashSlothImageProcessor(image_size=side)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         sources = load_sources()
