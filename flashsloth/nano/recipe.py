@@ -48,8 +48,8 @@ def main(options: argparse.Namespace) -> None:
 
 def _data(out: Path, jobs: int) -> None:
     """``make_sight`` keeps what is finished."""
-    make_sight(out / "data" / "sight", Settings(), PICTURES, shards=True, jobs=jobs)
-    make_sight(out / "data" / "sort-of-clevr", Settings(size=SIZE, sort_of_clevr=True), shards=True, jobs=jobs)
+    make_sight(out / "data" / "sight", Settings(), PICTURES, jobs=jobs)
+    make_sight(out / "data" / "sort-of-clevr", Settings(size=SIZE, sort_of_clevr=True), jobs=jobs)
     train = out / "data" / "sight" / "train"
     records = json.loads((train / "questions.json").read_text())
     small = [record for record in records if "small-print" in record["kinds"]][::SMALL_PRINT_SHARE]
