@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from flashsloth.files import replacing
 from flashsloth.overlay import onto_picture, tint
 
 FORMATS = (".png", ".jpg", ".jpeg", ".webp", ".pdf", ".svg")
@@ -136,13 +135,5 @@ def _queries(figure: Any, photo: np.ndarray, attention: np.ndarray) -> None:
 
 
 def _write(figure: Any, path: Path) -> None:
-    path = path.resolve()
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
-    os.close(handle)
-    try:
-        figure.savefig(temporary, dpi=DPI)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=DPI)

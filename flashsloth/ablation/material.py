@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from flashsloth.config import FlashSlothConfig
 from flashsloth.data.broken import BrokenRecord, Skipped
 from flashsloth.data.llava import LlavaDataset, read_turns
 from flashsloth.data.records import JsonRecords
+from flashsloth.files import replacing
 from flashsloth.modeling import FlashSlothForConditionalGeneration
 from flashsloth.processing import FlashSlothProcessor
 from flashsloth.prompt import IMAGE_TOKEN
@@ -183,8 +183,7 @@ class Material:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         model: Any = self.build(self.config, 0)
         model.to(device)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
+        with replacing(path) as partial:
             out = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=shape)
             for start in range(0, split.pictures, _AT_ONCE):
                 chosen = range(start, min(start + _AT_ONCE, split.pictures))
@@ -198,9 +197,6 @@ class Material:
                 if chosen.stop == split.pictures or start // _AT_ONCE % 32 == 31:
                     self.tell(f"features of {split.name}: {chosen.stop:,} of {split.pictures:,} pictures")
             out.flush()
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
 
 
 def load_part(module: nn.Module, weights: dict[str, Tensor], key: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from flashsloth.ablation.plot import draw
 from flashsloth.ablation.runs import load_runs
 from flashsloth.ablation.timing import load_times
 from flashsloth.ablation.variants import QUERIES
+from flashsloth.files import replacing
 
 REPORT, PLOT = "ablation.md", "ablation.svg"
 
@@ -55,9 +55,8 @@ def write_report(folder: Path) -> list[Path]:
     found = groups(runs, None if times is None else times["seconds"])
     plot = draw(found, folder / PLOT)
     path = folder / REPORT
-    partial = path.with_name(f".{path.name}")
-    partial.write_text(render(found, times), encoding="utf-8")
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_text(render(found, times), encoding="utf-8")
     return [path, plot]
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from flashsloth.files import write_json
 
 FORMAT, VERSION = "flashsloth-ablation", 1
 RUNS, TIMES = "runs", "times.json"
@@ -71,6 +72,7 @@ def run_name(variant: str, seed: int) -> str:
 def save_run(run: Run, folder: Path) -> Path:
     """Write a run to ``folder/runs``."""
     path = folder / RUNS / f"{run.name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"format": FORMAT, "version": VERSION, **asdict(run)})
     return path
 
@@ -96,21 +98,6 @@ def check_same(run: Run, settings: Mapping[str, Any], folder: Path) -> None:
             f"--out: expected results of the same settings, got {folder / RUNS / run.name}.json with {told}; "
             "choose another folder"
         )
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a file that is whole whenever it is there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump(value, file, indent=1)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _load(path: Path) -> Run:

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 
 from flashsloth.ablation.material import Material
-from flashsloth.ablation.runs import TIMES, write_json
+from flashsloth.ablation.runs import TIMES
 from flashsloth.ablation.scoring import request
 from flashsloth.ablation.variants import Variant, processor_of
+from flashsloth.files import write_json
 
 _WARMUP = 2
 

@@ -17,6 +17,7 @@ from flashsloth.evaluation import store
 from flashsloth.evaluation.running import BATCH_SIZE, MAX_NEW_TOKENS, Result, evaluate
 from flashsloth.evaluation.scoring import Score
 from flashsloth.evaluation.tasks import SPECIAL, SPLITS, Task, file_task, folder_task, generated_task
+from flashsloth.files import write_json
 from flashsloth.tokenization import special_tokens
 
 GENERATED = ("sight", "sort-of-clevr")
@@ -68,7 +69,7 @@ def main(options: argparse.Namespace) -> int:
         known = lines.known(task)
         with lines:
             result = _run(loaded, task, arguments, known, lines)
-        store.write_json(options.out, summary(result, about))
+        write_json(options.out, summary(result, about))
     show(result, SHOWN)
     if options.out is not None:
         print(f"\nall of it in {options.out}")

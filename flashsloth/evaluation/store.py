@@ -124,14 +124,3 @@ class Store:
         if differing:
             changes = ", ".join(f"{n} {found.get(n)!s:.60}, now {self._about.get(n)!s:.60}" for n in differing)
             raise ValueError(f"--resume: {self.path} is of another run ({changes}); choose another --out")
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

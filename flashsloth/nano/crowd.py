@@ -1,4 +1,4 @@
-"""Pictures as full as can be: a picture of ``sight`` shows a dozen letters, one of these a hundred.
+"""Pictures as full as can be: a picture of ``sight`` shows two letters on average, one of these 38.
 
 They have no questions. They are for a tower to learn what things look like at every place relative to its patches, and
 are of the training split: its digit samples, its words, its photographs.

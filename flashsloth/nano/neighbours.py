@@ -1,7 +1,7 @@
 """A start for a small vision transformer: heads of the first layers look at the patches next to each.
 
-From random weights a transformer needs hundreds of thousands of pictures before its heads find out that patches have
-neighbours, and until then it can tell the colour of a thing but not its shape. Here some channels hold the position,
+From random weights a transformer learns colours quickly and shapes late: its heads must first find out that patches
+have neighbours (docs/nano.md has what was measured). Here some channels hold the position,
 as waves, and the queries and keys of a head compare them at an offset: at first the layer is a convolution, as in
 "Structured Initialization for Attention in Vision Transformers" (Zheng et al., 2024), and from there all is trained.
 """
@@ -66,7 +66,7 @@ def look_at_neighbours(tower: SiglipVisionModel) -> None:
 @torch.no_grad()
 def whiten_patches(tower: SiglipVisionModel, pixels: Tensor) -> None:
     """Let the other channels hold the principal components of patches, at about equal strength. As it is, the mean
-    colour of a patch is 25 times as strong as any edge in it.
+    colour of a patch has 25 times the variance of anything else in it.
 
     Args:
         pixels: (B, 3, S, S), pictures of the kind that will be seen.

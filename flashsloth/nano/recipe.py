@@ -19,9 +19,8 @@ from pathlib import Path
 
 import torch
 
-from flashsloth.data.sight import make_sight
+from flashsloth.data.sight import make_sight, sort_of_clevr
 from flashsloth.data.sight.sample import Settings
-from flashsloth.data.sight.sort_of_clevr import SIZE
 from flashsloth.nano.model import vision_config, write_start
 from flashsloth.nano.tower import TowerTraining, train_tower
 
@@ -49,7 +48,7 @@ def main(options: argparse.Namespace) -> None:
 def _data(out: Path, jobs: int) -> None:
     """``make_sight`` keeps what is finished."""
     make_sight(out / "data" / "sight", Settings(), PICTURES, jobs=jobs)
-    make_sight(out / "data" / "sort-of-clevr", Settings(size=SIZE, sort_of_clevr=True), jobs=jobs)
+    make_sight(out / "data" / "sort-of-clevr", Settings(size=sort_of_clevr.SIZE, sort_of_clevr=True), jobs=jobs)
     train = out / "data" / "sight" / "train"
     records = json.loads((train / "questions.json").read_text())
     small = [record for record in records if "small-print" in record["kinds"]][::SMALL_PRINT_SHARE]
@@ -72,12 +71,16 @@ def _stage(out: Path, name: str) -> None:
 
     if (out / name / "model.safetensors").is_file():
         return
-    file = out / f"{name}.yaml"
-    shutil.copyfile(_HERE / f"{name}.yaml", file)
-    command.run(read_config(file), resume=True)
+    command.run(read_config(copy_configuration(out, name)), resume=True)
 
 
-def _weights(out: Path, jobs: int) -> None:
+def copy_configuration(out: Path, name: str) -> Path:
+    """The YAML file of a stage to where its paths are meant."""
+    return Path(shutil.copyfile(_HERE / f"{name}.yaml", out / f"{name}.yaml"))
+
+
+def write_weights(out: Path, jobs: int) -> None:
+    """OUT/stage2 to OUT/weights."""
     from flashsloth.modeling import FlashSlothForConditionalGeneration
     from flashsloth.processing import FlashSlothProcessor
 
@@ -96,5 +99,5 @@ STEPS: tuple[tuple[str, Callable[[Path, int], object]], ...] = (
     ("tower", _tower),
     ("stage1", lambda out, jobs: _stage(out, "stage1")),
     ("stage2", lambda out, jobs: _stage(out, "stage2")),
-    ("weights", _weights),
+    ("weights", write_weights),
 )

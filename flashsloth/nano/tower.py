@@ -7,7 +7,6 @@ as a whole or, as HD cuts it, a quarter. The heads that are trained on top are t
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -30,6 +29,7 @@ from flashsloth.data.sight.scene import Scene
 from flashsloth.data.sight.sort_of_clevr import COUNTS as SORT_OF_CLEVR_COUNTS
 from flashsloth.data.sight.sort_of_clevr import SIZE as SORT_OF_CLEVR_SIZE
 from flashsloth.data.sight.sources import Sources, load_sources
+from flashsloth.files import replacing
 from flashsloth.image_processing import FlashSlothImageProcessor
 from flashsloth.nano.crowd import crowd
 from flashsloth.nano.muon import Muon
@@ -224,7 +224,7 @@ def train_tower(
         if done % save_every == 0 or done == training.steps:
             state = {"step": done, "training": asdict(training), "model": model.state_dict()}
             state["optimizers"] = [stepper.state_dict() for stepper in steppers]
-            torch.save(state, out / f"{_STATE}.partial")
-            os.replace(out / f"{_STATE}.partial", out / _STATE)
+            with replacing(out / _STATE) as partial:
+                torch.save(state, partial)
     model.tower.save_pretrained(out)
     return out

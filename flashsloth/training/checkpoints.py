@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from flashsloth.checkpoint import official_name, read_tensors
+from flashsloth.files import sync
 
 STAGING = ".partial"  # no name that is ever looked for
 MANIFEST = "complete.json"
@@ -44,15 +45,6 @@ def finish(staged: Path, target: Path) -> None:
     else:
         os.replace(staged, target)
     sync(target.parent)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file's content, or a directory's names, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def is_complete(checkpoint: Path) -> bool:

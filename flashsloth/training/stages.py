@@ -54,7 +54,7 @@ _BOTH = {
     "save_total_limit": 2,
     "report_to": "none",
 }
-# FlashSloth, section 4.1: learning rates, batch sizes and data; what it does not say is as in LLaVA-1.5.
+# Learning rates and batch sizes are the paper's; what it does not say is as in LLaVA-1.5.
 STAGES = {
     1: Stage(("pooling", "projector"), 256, True, {**_BOTH, "learning_rate": 1e-3}),
     2: Stage(("pooling", "projector", "queries", "decoder"), 128, False, {**_BOTH, "learning_rate": 2e-5}),

@@ -104,7 +104,7 @@ def test_pretraining_learns_and_goes_on_as_if_never_stopped(tmp_path: Path, monk
         raise Stopped
 
     with monkeypatch.context() as patch:
-        patch.setattr(tower.os, "replace", save_and_stop)
+        patch.setattr(os, "replace", save_and_stop)
         with pytest.raises(Stopped):
             train_tower(small(), tmp_path / "parts", training, save_every=20)
     assert torch.load(tmp_path / "parts" / "tower.pt", weights_only=True)["step"] == 20

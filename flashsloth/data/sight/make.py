@@ -31,6 +31,7 @@ from flashsloth.data.sight.progress import Progress
 from flashsloth.data.sight.sample import SIZE, VERSION, Settings, make_sample
 from flashsloth.data.sight.sources import Sources, load_sources
 from flashsloth.data.sight.write import write_split
+from flashsloth.files import replacing, write_json
 
 COUNTS = {"train": 50_000, "validation": 1_000, "test": 2_000}
 PREVIEWED = 30
@@ -83,7 +84,7 @@ def make_sight(
             partial.mkdir(parents=True)
             done = write_split(partial, settings, split, counts[split], sources, shards, jobs, report)
             finished[split] = {**wanted[split], **done}
-            _write_json(partial / _SUMMARY, finished[split])
+            write_json(partial / _SUMMARY, finished[split])
             os.replace(partial, folder / split)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
@@ -94,7 +95,7 @@ def make_sight(
             raise
     manifest = _manifest(settings, shards, finished)
     _preview(folder / _PREVIEW, settings, min(PREVIEWED, counts["train"]), sources)
-    _write_json(folder / _MANIFEST, manifest)
+    write_json(folder / _MANIFEST, manifest)
     return manifest
 
 
@@ -172,19 +173,12 @@ def _manifest(settings: Settings, shards: bool, splits: Mapping[str, dict[str, A
 
 def _preview(path: Path, settings: Settings, count: int, sources: Sources | None) -> None:
     sheet = draw_preview([make_sample(settings, "train", i, sources) for i in range(count)])
-    temporary = path.with_name(f".{path.name}")
-    sheet.save(temporary, "PNG")
-    os.replace(temporary, path)
+    with replacing(path) as partial:
+        sheet.save(partial, "PNG")
 
 
 def _partial(folder: Path, split: str) -> Path:
     return folder / f".{split}.partial"
-
-
-def _write_json(path: Path, value: Any) -> None:
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(temporary, path)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

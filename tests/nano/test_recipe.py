@@ -1,0 +1,54 @@
+"""The recipe of flashsloth-nano: its configurations, and what becomes of the weights."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from flashsloth.nano import recipe
+from flashsloth.tiny import processor_for, random_model, tiny_config
+from flashsloth.training.config import read_config
+
+pytest.importorskip("sklearn")
+
+
+def options(out: Path, *given: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    recipe.add_arguments(parser)
+    return parser.parse_args(["--out", str(out), *given])
+
+
+def test_pictures_and_start_are_what_the_stages_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipe, "PICTURES", {"train": 30, "validation": 1, "test": 1})
+    monkeypatch.setattr(recipe.sort_of_clevr, "COUNTS", {"train": 2, "validation": 1, "test": 1})
+    recipe.main(options(tmp_path, "--jobs", "1", "--until", "start"))
+    small = json.loads((tmp_path / "data" / "small-print.json").read_text())
+    assert small
+    assert all("small-print" in record["kinds"] for record in small)
+    for folder in ("tower", "stage1"):
+        (tmp_path / folder).mkdir()
+    for name in recipe.STAGES:
+        recipe.copy_configuration(tmp_path, name)
+        config = read_config(tmp_path / f"{name}.yaml")
+        for source in config.data:
+            assert source.images is not None
+            for path in (*source.records, *source.images):
+                assert path.exists(), path
+
+
+def test_weights_are_rounded_to_the_nearest_bfloat16(tmp_path: Path) -> None:
+    config = tiny_config()
+    model = random_model(config)
+    model.save_pretrained(tmp_path / "stage2")
+    processor_for(config).save_pretrained(tmp_path / "stage2")
+    recipe.write_weights(tmp_path, 1)
+    saved = load_file(tmp_path / "weights" / "model.safetensors")
+    trained = load_file(tmp_path / "stage2" / "model.safetensors")
+    assert saved.keys() == trained.keys()
+    for name, weight in trained.items():
+        assert torch.equal(saved[name], weight.to(torch.bfloat16)), name
