@@ -5,6 +5,7 @@
     OUT/tower                                 the vision tower, pretrained on what patches show
     OUT/stage1, OUT/stage2                    the two stages, by stage1.yaml and stage2.yaml of this folder
     OUT/weights                               what ships: stage 2 in bfloat16, rounded to nearest even
+    OUT/curves.svg                            how it went
 
 A run that was interrupted goes on by the same command.
 """
@@ -21,6 +22,7 @@ import torch
 
 from flashsloth.data.sight import make_sight, sort_of_clevr
 from flashsloth.data.sight.sample import Settings
+from flashsloth.nano.curves import draw_curves
 from flashsloth.nano.model import vision_config, write_start
 from flashsloth.nano.tower import TowerTraining, train_tower
 
@@ -100,4 +102,5 @@ STEPS: tuple[tuple[str, Callable[[Path, int], object]], ...] = (
     ("stage1", lambda out, jobs: _stage(out, "stage1")),
     ("stage2", lambda out, jobs: _stage(out, "stage2")),
     ("weights", write_weights),
+    ("curves", lambda out, jobs: draw_curves(out, out / "curves.svg")),
 )

@@ -32,9 +32,9 @@ from flashsloth.data.sight.sources import Sources, load_sources
 from flashsloth.files import replacing
 from flashsloth.image_processing import FlashSlothImageProcessor
 from flashsloth.nano.crowd import crowd
-from flashsloth.nano.muon import Muon
 from flashsloth.nano.neighbours import look_at_neighbours, whiten_patches
 from flashsloth.nano.patches import COLUMNS, GEOMETRY, INKS, KINDS, LETTERS, PLACES, View, label_patches, views
+from flashsloth.training.muon import Muon
 
 _STATE = "tower.pt"
 _WHITENED = 16  # batches
@@ -162,15 +162,18 @@ def accuracies(found: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, 
     return result
 
 
-def optimizers(model: nn.Module, training: TowerTraining) -> list[torch.optim.Optimizer]:
-    layers = [p for name, p in model.named_parameters() if ".layers." in name and p.dim() == 2]
-    chosen = {id(p) for p in layers}
+def optimizer(model: nn.Module, training: TowerTraining) -> Muon:
+    matrices = [p for name, p in model.named_parameters() if ".layers." in name and p.dim() == 2]
+    chosen = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen]
-    muon = Muon(layers, lr=training.muon_learning_rate, weight_decay=training.weight_decay)
-    adamw = torch.optim.AdamW(
-        rest, lr=training.learning_rate, betas=(0.9, 0.98), weight_decay=training.weight_decay, fused=True
+    return Muon(
+        matrices,
+        [{"params": rest}],
+        muon_lr=training.muon_learning_rate,
+        weight_decay=training.weight_decay,
+        lr=training.learning_rate,
+        betas=(0.9, 0.98),
     )
-    return [muon, adamw]
 
 
 def train_tower(
@@ -185,31 +188,28 @@ def train_tower(
     model = PatchReader(config)
     whiten_patches(model.tower, torch.cat([batch["pixels"] for batch in islice(Views(config, training, 0), _WHITENED)]))
     model.to(device)
-    steppers = optimizers(model, training)
-    bases = [group["lr"] for stepper in steppers for group in stepper.param_groups]
+    stepper = optimizer(model, training)
+    bases = [group["lr"] for group in stepper.param_groups]
     first = 0
     if (out / _STATE).is_file():
         state = torch.load(out / _STATE, weights_only=True, map_location=device)
         if state["training"] != asdict(training):
             raise ValueError(f"{out}: expected a state of {asdict(training)}, got one of {state['training']}")
         model.load_state_dict(state["model"])
-        for stepper, saved in zip(steppers, state["optimizers"], strict=True):
-            stepper.load_state_dict(saved)
+        stepper.load_state_dict(state["optimizer"])
         first = state["step"]
     loader = DataLoader(Views(config, training, first), batch_size=None, num_workers=1, prefetch_factor=8)
     sums, began = dict.fromkeys(_LOSSES, 0.0), time.perf_counter()
     for step, cpu_batch in enumerate(loader, first):
         batch = {name: value.to(device) for name, value in cpu_batch.items()}
-        groups = [group for stepper in steppers for group in stepper.param_groups]
-        for group, base in zip(groups, bases, strict=True):
+        for group, base in zip(stepper.param_groups, bases, strict=True):
             group["lr"] = base * training.rate(step)
         found = model(batch["pixels"])
         parts = losses(found, batch)
         sum(parts.values()).backward()  # type: ignore[union-attr]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for stepper in steppers:
-            stepper.step()
-            stepper.zero_grad()
+        stepper.step()
+        stepper.zero_grad()
         for name, value in parts.items():
             sums[name] += value.item()
         done = step + 1
@@ -223,7 +223,7 @@ def train_tower(
             sums = dict.fromkeys(_LOSSES, 0.0)
         if done % save_every == 0 or done == training.steps:
             state = {"step": done, "training": asdict(training), "model": model.state_dict()}
-            state["optimizers"] = [stepper.state_dict() for stepper in steppers]
+            state["optimizer"] = stepper.state_dict()
             with replacing(out / _STATE) as partial:
                 torch.save(state, partial)
     model.tower.save_pretrained(out)

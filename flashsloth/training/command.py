@@ -77,7 +77,7 @@ def run(config: TrainConfig, *, resume: bool = False) -> FlashSlothTrainer:
     data = Mixture(config, processor, row_length(config.max_length, model.config))
     rank = arguments.process_index
     broken = BrokenLog(config.out / (BROKEN if rank == 0 else f"broken-{rank}.jsonl"), limit=config.max_broken)
-    trainer = FlashSlothTrainer(model, arguments, data, broken, _identity(config))
+    trainer = FlashSlothTrainer(model, arguments, data, broken, _identity(config), muon=config.muon)
     if rank == 0:
         config.out.mkdir(parents=True, exist_ok=True)
         checkpoints.write_json(config.out / "training.json", config.as_dict())

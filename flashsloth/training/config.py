@@ -97,6 +97,7 @@ class TrainConfig:
         seed: of the order of records, of dropout and of drawn weights.
         max_length: tokens of a row; None for the decoder's ``max_position_embeddings``.
         max_broken: the part of the records that may be unusable, 0 to 1.
+        muon: learning rate of Muon for the matrices of layers; None trains them by AdamW, like all else.
         dtype: of the weights in memory; ``arguments: {bf16: true}`` computes in bfloat16 whatever this is.
         arguments: of transformers' TrainingArguments, those of the stage under those of the file.
     """
@@ -113,6 +114,7 @@ class TrainConfig:
     seed: int = 0
     max_length: int | None = None
     max_broken: float = 0.01
+    muon: float | None = None
     dtype: str = "float32"
     arguments: Mapping[str, Any] | None = None
 
@@ -164,6 +166,7 @@ def parse_config(read: Mapping[str, Any], folder: Path) -> TrainConfig:
         seed=keys.number("seed", int, 0, low=0, high=2**32 - 1),
         max_length=keys.number("max_length", int, None, low=1),
         max_broken=keys.number("max_broken", float, 0.01, low=0, high=1),
+        muon=keys.number("muon", float, None),
         dtype=keys.choice("dtype", DTYPES, "float32"),
         arguments=dict(defaults.arguments) | _arguments(keys.take("arguments", (dict,), {}), folder),
     )

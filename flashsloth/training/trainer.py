@@ -22,6 +22,7 @@ from flashsloth.training.checkpoints import CheckpointError
 from flashsloth.training.config import Lora
 from flashsloth.training.lora import add_up
 from flashsloth.training.mixture import Mixture
+from flashsloth.training.muon import Muon, matrices_of_layers
 from flashsloth.training.progress import Progress, peak_memory
 
 _DATA, _RUN = "data_{}.json", "run.json"
@@ -40,12 +41,13 @@ class FlashSlothTrainer(Trainer):
         data: the records.
         broken: counts those that cannot be used; one for each process.
         run: JSON values that a checkpoint keeps, and that must be as they were to resume.
+        muon: learning rate of Muon for the matrices of layers; None trains them by AdamW, like all else.
 
     Attributes:
         resumed_at: the step this run went on from, 0 for one from the start.
 
     Raises:
-        ValueError: several GPUs without torchrun.
+        ValueError: several GPUs without torchrun, or Muon where weights are sharded.
     """
 
     def __init__(
@@ -55,6 +57,8 @@ class FlashSlothTrainer(Trainer):
         data: Mixture,
         broken: BrokenLog,
         run: dict[str, Any] | None = None,
+        *,
+        muon: float | None = None,
     ) -> None:
         if arguments.n_gpu > 1:
             raise ValueError(
@@ -62,7 +66,7 @@ class FlashSlothTrainer(Trainer):
                 f"{arguments.n_gpu} -m flashsloth.cli train ...`, or one in CUDA_VISIBLE_DEVICES, got one process"
             )
         self.out, self.broken, self.run = Path(str(arguments.output_dir)), broken, run or {}
-        self.resumed_at = 0
+        self.resumed_at, self.muon = 0, muon
         self._staging: Path | None = None
         self._tokens, self._since = 0, time.monotonic()
         batches = data.batches(
@@ -85,6 +89,8 @@ class FlashSlothTrainer(Trainer):
         )
         use_cache = getattr(model.config, "use_cache", None)
         super().__init__(model, arguments, train_dataset=data)
+        if muon is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError("muon: expected whole matrices, got FSDP or DeepSpeed, which shard them")
         if use_cache is None:  # Trainer leaves its own word in what is saved
             del model.config.use_cache
         else:
@@ -114,6 +120,31 @@ class FlashSlothTrainer(Trainer):
     def floating_point_ops(self, inputs: Any) -> int:
         """Not counted: transformers' rule knows nothing of images and of parts that are not trained."""
         return 0
+
+    # ------------------------------------------------------------ optimizer
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        if self.muon is None or isinstance(optimizer, Muon):
+            return optimizer
+        trained: Any = self.model if model is None else model
+        matrices = matrices_of_layers(trained)
+        taken = {id(one) for one in matrices}
+        others = [
+            {"params": [p for p in group["params"] if id(p) not in taken], "weight_decay": group["weight_decay"]}
+            for group in optimizer.param_groups
+        ]
+        arguments = self.args
+        self.optimizer = Muon(
+            matrices,
+            others,
+            muon_lr=self.muon,
+            weight_decay=arguments.weight_decay,
+            lr=arguments.learning_rate,
+            betas=(arguments.adam_beta1, arguments.adam_beta2),
+            eps=arguments.adam_epsilon,
+        )
+        return self.optimizer
 
     # ------------------------------------------------------------ log
 

@@ -12,7 +12,6 @@ import torch
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from flashsloth.nano import tower
-from flashsloth.nano.muon import Muon, orthogonal
 from flashsloth.nano.neighbours import OFFSETS, look_at_neighbours, whiten_patches
 from flashsloth.nano.tower import TowerTraining, train_tower
 
@@ -60,29 +59,6 @@ def test_channels_for_pixels_start_equally_strong() -> None:
     assert channels.mean(1).abs().max() < 1e-3
     strong = channels.std(1)[:20]
     assert strong.max() / strong.min() < 1.2
-
-
-def test_muon_makes_updates_orthogonal() -> None:
-    generator = torch.Generator().manual_seed(0)
-    for shape in ((2, 8, 24), (2, 24, 8), (1, 8, 8)):
-        values = torch.linalg.svdvals(orthogonal(torch.randn(shape, generator=generator)))
-        assert (values > 0.3).all()
-        assert (values < 1.3).all()
-    with pytest.raises(ValueError, match=r"params: expected matrices, got a parameter of shape \(3,\)"):
-        Muon([torch.nn.Parameter(torch.zeros(3))])
-
-
-def test_muon_finds_a_matrix() -> None:
-    torch.manual_seed(0)
-    wanted, found = torch.randn(6, 4), torch.nn.Parameter(torch.zeros(6, 4))
-    stepper = Muon([found], lr=0.05)
-    for step in range(300):
-        for group in stepper.param_groups:
-            group["lr"] = 0.05 * (1 - step / 300)
-        (found - wanted).square().sum().backward()
-        stepper.step()
-        stepper.zero_grad()
-    assert (found - wanted).abs().max() < 0.05
 
 
 def test_pretraining_learns_and_goes_on_as_if_never_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,55 @@
+"""The curves of a training, drawn from the logs it left."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from flashsloth.files import replacing
+
+_ACCURACIES = (("kind", "kind of thing", "#000000", "-"), ("letter", "letter", "#D55E00", "--"))
+_STAGES = (("stage1", "stage 1: captions"), ("stage2", "stage 2: questions"))
+
+
+def draw_curves(out: Path, path: Path) -> Path:
+    """Accuracy of the tower and losses of the two stages of ``make nano``, from ``out``, as one picture.
+
+    Raises:
+        FileNotFoundError: a step has left no log there. ModuleNotFoundError: matplotlib is not installed.
+    """
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    tower = _read(out / "tower" / "log.jsonl", "letter_accuracy")
+    stages = [_read(out / name / "log.jsonl", "loss") for name, _ in _STAGES]
+    with matplotlib.rc_context({"svg.hashsalt": "flashsloth", "svg.fonttype": "path", "font.size": 10}):
+        figure = Figure(figsize=(11.0, 3.6), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(1, 3)
+        for name, label, color, line in _ACCURACIES:
+            steps = [row["step"] for row in tower]
+            axes[0].plot(steps, [100 * row[f"{name}_accuracy"] for row in tower], line, color=color, label=label)
+        axes[0].set_title("vision tower: patches that are right, %", loc="left", fontsize=10)
+        axes[0].set_ylim(0, 100)
+        axes[0].legend(loc="lower right", frameon=False)
+        for one, rows, (_, title) in zip(axes[1:], stages, _STAGES, strict=True):
+            one.plot([row["step"] for row in rows], [row["loss"] for row in rows], color="#000000")
+            one.set_yscale("log")
+            one.set_title(f"{title}, loss", loc="left", fontsize=10)
+        for one in axes:
+            one.set_xlabel("steps")
+            one.grid(axis="y", which="both", color="#DDDDDD", linewidth=0.6)
+            one.set_axisbelow(True)
+            one.spines[["top", "right"]].set_visible(False)
+        given: dict[str, Any] = {"metadata": {"Date": None}} if path.suffix == ".svg" else {"dpi": 150}
+        with replacing(path) as partial:
+            figure.savefig(partial, **given)
+    return path
+
+
+def _read(log: Path, key: str) -> list[dict[str, Any]]:
+    """Rows that have ``key``, by step; of steps that a run did once more after a stop, the last."""
+    rows = [row for line in log.read_text().splitlines() if key in (row := json.loads(line))]
+    return list({row["step"]: row for row in sorted(rows, key=lambda row: row["step"])}.values())
