@@ -20,9 +20,9 @@ _METHOD = """\
 
 * **The same for all**: the vision tower (a trained one, frozen), the decoder it starts from ({init}),
   {pictures:,} training pictures with all their questions, {steps:,} steps of {batch}, AdamW with a peak rate of
-  {rate:g} (warmup over {warmup:.0%} of the steps, then a cosine to zero), weight decay {decay:g} on matrices, gradients
-  clipped at norm {clip:g}. Nothing was tuned for a variant, and no checkpoint was chosen: the weights behind the last
-  step count.
+  {rate:g}{muon} (warmup over {warmup:.0%} of the steps, then a cosine to zero), weight decay {decay:g} on matrices,
+  gradients clipped at norm {clip:g}. Nothing was tuned for a variant, and no checkpoint was chosen: the weights behind
+  the last step count.
 * **A seed** sets the order of the pictures, the weights that are drawn and dropout. It is the same for every variant,
   so differences are taken seed by seed. Parts that two variants share start from the same numbers.
 * **What is trained**: pooling, projector, queries and decoder, in one stage. The tower's output is computed once a
@@ -144,6 +144,9 @@ def _method(found: Sequence[Group], times: dict[str, Any] | None) -> str:
         steps=settings["steps"],
         batch=settings["batch"],
         rate=settings["learning_rate"],
+        muon=""
+        if settings["muon"] is None
+        else f", Muon with one of {settings['muon']:g} for matrices of linear layers",
         warmup=settings["warmup"],
         decay=settings["weight_decay"],
         clip=settings["clip"],

@@ -24,7 +24,8 @@ class Settings:
         batch: pictures of a step, each with all its questions.
         learning_rate: at its highest, behind the warmup; a cosine takes it to zero.
         warmup: the part of the steps in which it rises.
-        weight_decay: of AdamW.
+        muon: the same of Muon, for the matrices of linear layers; without it AdamW trains them like all else.
+        weight_decay: of both.
         clip: norm of the gradients at most.
         train_pictures, test_pictures: the first so many of a split; None for all.
         query_layers: layers to try the query module before, besides that of the model; None for the first, the middle
@@ -40,6 +41,7 @@ class Settings:
     init: Path | None = None
     batch: int = 16
     learning_rate: float = 1e-3
+    muon: float | None = None
     warmup: float = 0.05
     weight_decay: float = 0.01
     clip: float = 1.0
@@ -54,11 +56,11 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected 1 or more, got {value}")
-        for name, high in (("learning_rate", 1.0), ("clip", float("inf"))):
-            if not 0 < getattr(self, name) <= high:
+        for name, high in (("learning_rate", 1.0), ("muon", 1.0), ("clip", float("inf"))):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= high:
                 raise ValueError(
-                    f"{name}: expected a number above 0{'' if high > 1 else ' and at most 1'}, got "
-                    f"{getattr(self, name)}"
+                    f"{name}: expected a number above 0{'' if high > 1 else ' and at most 1'}, got {value}"
                 )
         for name in ("warmup", "weight_decay"):
             if not 0 <= getattr(self, name) <= 1:
@@ -109,7 +111,7 @@ def _value(key: str, value: Any, path: Path) -> Any:
         if not isinstance(value, list) or not all(isinstance(one, int) and one is not True for one in value):
             raise TypeError(f"{path}: {key}: expected a list of whole numbers, got {value!r}")
         return tuple(value)
-    if key in ("learning_rate", "warmup", "weight_decay", "clip"):
+    if key in ("learning_rate", "muon", "warmup", "weight_decay", "clip"):
         try:  # YAML takes 1e-3, without a point, for text
             return float(value if not isinstance(value, bool) else "bool")
         except (TypeError, ValueError):

@@ -10,12 +10,14 @@ import numpy as np
 import torch
 
 from flashsloth.ablation.material import Material, Split
+from flashsloth.ablation.settings import Settings
 from flashsloth.data.collate import Collator, take_report
 from flashsloth.data.llava import LlavaDataset, Sample
 from flashsloth.encoding import Row, encode_prompt
 from flashsloth.modeling import FlashSlothForConditionalGeneration
 from flashsloth.processing import FlashSlothProcessor
 from flashsloth.prompt import dialogue_prompt
+from flashsloth.training.muon import Muon, matrices_of_layers
 
 LOGGED = 50  # losses a run keeps
 
@@ -64,12 +66,8 @@ def train(
     """
     settings, rows = material.settings, Rows(material.train, processor, material)
     trained = [weight for weight in model.parameters() if weight.requires_grad]
-    # As usual, decay is for matrices: not for biases and norms.
-    groups = [
-        {"params": [weight for weight in trained if weight.dim() > 1], "weight_decay": settings.weight_decay},
-        {"params": [weight for weight in trained if weight.dim() <= 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate)
+    optimizer = optimizer_of(model, settings)
+    highest = [group["lr"] for group in optimizer.param_groups]
     steps, every = settings.steps, max(1, settings.steps // LOGGED)
     losses: list[float] = []
     devices = [torch.cuda.current_device()] if model.device.type == "cuda" else []
@@ -77,8 +75,8 @@ def train(
         torch.manual_seed(seed)  # of dropout
         model.train()
         for step, chosen in enumerate(order(seed, material.train.pictures, settings.batch, steps)):
-            for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate * learning_rate(step, steps, settings.warmup)
+            for group, most in zip(optimizer.param_groups, highest, strict=True):
+                group["lr"] = most * learning_rate(step, steps, settings.warmup)
             batch = rows.batch(chosen, model.device)
             features = torch.from_numpy(material.train_features[chosen]).to(model.device, model.dtype)
             loss = model(**batch, image_context=model.context_of_features(features)).loss
@@ -96,6 +94,23 @@ def train(
                 material.tell(f"  step {step + 1:,} of {steps:,}: loss {np.mean(losses[-every:]):.3f}")
         model.eval()
     return [float(np.mean(losses[start : start + every])) for start in range(0, steps, every)]
+
+
+def optimizer_of(model: torch.nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    """At its highest rates. As usual, decay is for matrices: not for biases and norms."""
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    matrices = [] if settings.muon is None else matrices_of_layers(model)
+    taken = {id(one) for one in matrices}
+    groups = [
+        {
+            "params": [one for one in trained if id(one) not in taken and one.dim() > 1],
+            "weight_decay": settings.weight_decay,
+        },
+        {"params": [one for one in trained if one.dim() <= 1], "weight_decay": 0.0},
+    ]
+    if settings.muon is None:
+        return torch.optim.AdamW(groups, lr=settings.learning_rate)
+    return Muon(matrices, groups, muon_lr=settings.muon, lr=settings.learning_rate, weight_decay=settings.weight_decay)
 
 
 class Rows:

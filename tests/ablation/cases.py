@@ -41,6 +41,7 @@ SETTINGS = {
     "steps": 1000,
     "batch": 16,
     "learning_rate": 1e-3,
+    "muon": None,
     "warmup": 0.05,
     "weight_decay": 0.01,
     "clip": 1.0,

@@ -198,9 +198,10 @@ def test_the_tower_is_not_trained_and_the_rest_is(place: Path, tmp_path: Path) -
     assert not model.training
 
 
-def test_training_learns(place: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("muon", [None, 0.02])
+def test_training_learns(muon: float | None, place: Path, tmp_path: Path) -> None:
     """Six pictures by heart: every answer's first letters, at least."""
-    settings = read_settings(write_config(place, "long.yaml", steps=40, learning_rate=5e-3))
+    settings = read_settings(write_config(place, "long.yaml", steps=40, learning_rate=5e-3, muon=muon))
     shared = Material(settings, tmp_path)
     losses = training.train(shared.build(shared.config, 0), shared.processor, shared, 0)
     assert len(losses) == 40
@@ -337,6 +338,7 @@ def make_processor(place: Path) -> Any:
         ({"steps": True}, "steps: expected a whole number, got True"),
         ({"learning_rate": "fast"}, "learning_rate: expected a number, got 'fast'"),
         ({"learning_rate": 0}, "learning_rate: expected a number above 0 and at most 1, got 0"),
+        ({"muon": -1}, "muon: expected a number above 0 and at most 1, got -1"),
         ({"warmup": 2.0}, "warmup: expected 0 to 1, got 2.0"),
         ({"clip": float("nan")}, "clip: expected a number above 0, got nan"),
         ({"model": "gone"}, "model: expected a directory, got"),
