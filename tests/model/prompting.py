@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import CodeGenTokenizer, PreTrainedTokenizerBase, TokenizersBackend
 
@@ -133,3 +134,15 @@ def collapse(ids: list[int]) -> list[int]:
             continue
         out.append(-200 if i == IMAGE else i)
     return out
+
+
+QUESTION = [user("What is this?", True)]
+
+
+def text_of(processor: FlashSlothProcessor, row: torch.Tensor, span: Any) -> str:
+    return processor.decode(row[int(span[0]) : int(span[1])])
+
+
+def spans(out: Any) -> list[list[list[int]]]:
+    """Spans without the unused groups."""
+    return [[span for span in row if span != [-1, -1]] for row in out["question_spans"].tolist()]

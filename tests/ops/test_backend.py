@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from flashsloth_ops import BackendError, _extension, backend, spatial_attention_pool, use_backend
-from tests.ops.test_spatial_pool import make
+from tests.ops.pool_cases import make
 from tests.support import ROOT, needs_extension
 
 POOL = "import torch, flashsloth_ops as f; x = torch.ones(1, 9, 4); w = torch.ones(8, 4); o = torch.ones(8); "

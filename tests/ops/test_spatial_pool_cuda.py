@@ -17,7 +17,7 @@ from torch import Tensor
 from flashsloth_ops import BackendError, _extension, spatial_attention_pool
 from flashsloth_ops.reference import spatial_pool as reference
 from tests.emulator import build
-from tests.ops.test_spatial_pool import make
+from tests.ops.pool_cases import make
 from tests.support import GPU_MARKS, Golden, Place, assert_error_rule, needs_extension
 
 EMULATOR, GPU = Place("cuda"), Place("cuda", "cuda")

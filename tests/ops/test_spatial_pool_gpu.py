@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flashsloth_ops import spatial_attention_pool, use_backend
-from tests.ops.test_spatial_pool import fixed_seed, make
+from tests.ops.pool_cases import fixed_seed, make
 from tests.support import CUDA, GPU_MARKS, Place, assert_error_rule, gradients
 
 pytestmark = GPU_MARKS
