@@ -68,7 +68,10 @@ def run(config: TrainConfig, *, resume: bool = False) -> FlashSlothTrainer:
         raise ValueError(
             f"out: expected a directory without a run, got {config.out}; --resume goes on with the run that is there"
         )
-    arguments = training_arguments(config, int(os.environ.get("WORLD_SIZE", "1")))
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    arguments = training_arguments(config, world)
+    if arguments.world_size != world:
+        raise ValueError(f"WORLD_SIZE: expected {world} processes that train together, got {arguments.world_size}")
     processor = load_processor(config.model)
     model = load_model(config.model, tower=config.tower, seed=config.seed, dtype=config.dtype)
     set_trained(model, config.train)

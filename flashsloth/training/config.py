@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from flashsloth.training.keys import NAMES, Keys, change_value, kind_of, read_yaml
@@ -187,6 +188,9 @@ def training_arguments(config: TrainConfig, world_size: int) -> TrainingArgument
             f"micro_batch: expected a divisor of {share}, the share of one of {world_size} processes in the batch of "
             f"{config.batch}, got {micro}"
         )
+    given = dict(config.arguments or {})
+    if not torch.accelerator.is_available():  # without it processes on CPUs do not find each other
+        given.setdefault("use_cpu", True)
     try:
         arguments = TrainingArguments(
             output_dir=str(config.out),
@@ -196,7 +200,7 @@ def training_arguments(config: TrainConfig, world_size: int) -> TrainingArgument
             data_seed=config.seed,
             remove_unused_columns=False,
             logging_nan_inf_filter=False,
-            **dict(config.arguments or {}),
+            **given,
         )
     except (ValueError, TypeError, ImportError) as error:
         raise ValueError(f"arguments: {error}") from error

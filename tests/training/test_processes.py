@@ -32,6 +32,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_two(folder: Path, *arguments: str, **changes: Any) -> str:
     """``flashsloth train`` by torchrun; what it printed."""
     values = settings(folder, **changes)
+    if not torch.accelerator.is_available():
+        del values["arguments"]["use_cpu"]  # found out
     config = folder / f"{values['out']}.yaml"
     config.write_text(yaml.safe_dump(values))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
