@@ -9,11 +9,11 @@ from typing import Any
 from flashsloth.files import replacing
 
 _ACCURACIES = (("kind", "kind of thing", "#000000", "-"), ("letter", "letter", "#D55E00", "--"))
-_STAGES = (("stage1", "stage 1: captions"), ("stage2", "stage 2: questions"))
+_STAGES = (("stage1", "captions"), ("first", "first questions"), ("stage2", "all questions"))
 
 
 def draw_curves(out: Path, path: Path) -> Path:
-    """Accuracy of the tower and losses of the two stages of ``make nano``, from ``out``, as one picture.
+    """Accuracy of the tower and losses of the stages of ``make nano``, from ``out``, as one picture.
 
     Raises:
         FileNotFoundError: a step has left no log there. ModuleNotFoundError: matplotlib is not installed.
@@ -25,13 +25,13 @@ def draw_curves(out: Path, path: Path) -> Path:
     tower = _read(out / "tower" / "log.jsonl", "letter_accuracy")
     stages = [_read(out / name / "log.jsonl", "loss") for name, _ in _STAGES]
     with matplotlib.rc_context({"svg.hashsalt": "flashsloth", "svg.fonttype": "path", "font.size": 10}):
-        figure = Figure(figsize=(11.0, 3.6), layout="constrained")
+        figure = Figure(figsize=(12.0, 3.2), layout="constrained")
         FigureCanvasAgg(figure)
-        axes = figure.subplots(1, 3)
+        axes = figure.subplots(1, 4)
         for name, label, color, line in _ACCURACIES:
             steps = [row["step"] for row in tower]
             axes[0].plot(steps, [100 * row[f"{name}_accuracy"] for row in tower], line, color=color, label=label)
-        axes[0].set_title("vision tower: patches that are right, %", loc="left", fontsize=10)
+        axes[0].set_title("tower: patches that are right, %", loc="left", fontsize=10)
         axes[0].set_ylim(0, 100)
         axes[0].legend(loc="lower right", frameon=False)
         for one, rows, (_, title) in zip(axes[1:], stages, _STAGES, strict=True):

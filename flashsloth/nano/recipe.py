@@ -3,7 +3,7 @@
     OUT/data/sight, OUT/data/sort-of-clevr    pictures, questions, captions
     OUT/start                                 configuration, tokenizer, processor
     OUT/tower                                 the vision tower, pretrained on what patches show
-    OUT/stage1, OUT/stage2                    the two stages, by stage1.yaml and stage2.yaml of this folder
+    OUT/stage1, OUT/first, OUT/stage2         captions, first questions, all questions: by the YAML files of this folder
     OUT/weights                               what ships: stage 2 in bfloat16, rounded to nearest even
     OUT/curves.svg                            how it went
 
@@ -15,8 +15,10 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,9 +27,11 @@ from flashsloth.data.sight.sample import Settings
 from flashsloth.nano.curves import draw_curves
 from flashsloth.nano.model import vision_config, write_start
 from flashsloth.nano.tower import TowerTraining, train_tower
+from flashsloth.prompt import IMAGE_TOKEN
 
-STAGES = ("stage1", "stage2")
+STAGES = ("stage1", "first", "stage2")
 PICTURES = {"train": 60_000, "validation": 1_000, "test": 2_000}
+FIRST_KINDS = ("query-shape", "query-horizontal", "query-vertical")
 SMALL_PRINT_SHARE = 3  # every third picture with a question on small print is trained on in five tiles too
 _HERE = Path(__file__).parent
 
@@ -51,10 +55,21 @@ def _data(out: Path, jobs: int) -> None:
     """``make_sight`` keeps what is finished."""
     make_sight(out / "data" / "sight", Settings(), PICTURES, jobs=jobs)
     make_sight(out / "data" / "sort-of-clevr", Settings(size=sort_of_clevr.SIZE, sort_of_clevr=True), jobs=jobs)
-    train = out / "data" / "sight" / "train"
-    records = json.loads((train / "questions.json").read_text())
+    records = json.loads((out / "data" / "sort-of-clevr" / "train" / "questions.json").read_text())
+    (out / "data" / "first.json").write_text(json.dumps([_only(record, FIRST_KINDS) for record in records]))
+    records = json.loads((out / "data" / "sight" / "train" / "questions.json").read_text())
     small = [record for record in records if "small-print" in record["kinds"]][::SMALL_PRINT_SHARE]
     (out / "data" / "small-print.json").write_text(json.dumps(small))
+
+
+def _only(record: dict[str, Any], kinds: Sequence[str]) -> dict[str, Any]:
+    """A record with those of its questions that are of these kinds."""
+    said, asked = record["conversations"], record["kinds"]
+    chosen = [i for i, kind in enumerate(asked) if kind in kinds]
+    turns = [turn for i in chosen for turn in said[2 * i : 2 * i + 2]]
+    question = turns[0]["value"].removeprefix(f"{IMAGE_TOKEN}\n")
+    turns[0] = {**turns[0], "value": f"{IMAGE_TOKEN}\n{question}"}
+    return {**record, "conversations": turns, "kinds": [asked[i] for i in chosen]}
 
 
 def _start(out: Path, jobs: int) -> None:
@@ -67,7 +82,7 @@ def _tower(out: Path, jobs: int) -> None:
         train_tower(vision_config(), out / "tower", TowerTraining(), device=_device())
 
 
-def _stage(out: Path, name: str) -> None:
+def _stage(out: Path, jobs: int, name: str) -> None:
     from flashsloth.training import command
     from flashsloth.training.config import read_config
 
@@ -99,8 +114,7 @@ STEPS: tuple[tuple[str, Callable[[Path, int], object]], ...] = (
     ("data", _data),
     ("start", _start),
     ("tower", _tower),
-    ("stage1", lambda out, jobs: _stage(out, "stage1")),
-    ("stage2", lambda out, jobs: _stage(out, "stage2")),
+    *((name, partial(_stage, name=name)) for name in STAGES),
     ("weights", write_weights),
     ("curves", lambda out, jobs: draw_curves(out, out / "curves.svg")),
 )

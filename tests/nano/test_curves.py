@@ -22,7 +22,8 @@ def trained(tmp_path: Path) -> Path:
     write(tmp_path / "tower" / "log.jsonl", tower)
     losses = [{"step": step, "loss": 5.0 / step} for step in (1, 25, 50)]
     write(tmp_path / "stage1" / "log.jsonl", [*losses, {"step": 50, "train_runtime": 3.0}])
-    write(tmp_path / "stage2" / "log.jsonl", losses)
+    for name in ("first", "stage2"):
+        write(tmp_path / name / "log.jsonl", losses)
     return tmp_path
 
 

@@ -30,7 +30,19 @@ def test_pictures_and_start_are_what_the_stages_read(tmp_path: Path, monkeypatch
     small = json.loads((tmp_path / "data" / "small-print.json").read_text())
     assert small
     assert all("small-print" in record["kinds"] for record in small)
-    for folder in ("tower", "stage1"):
+    first = json.loads((tmp_path / "data" / "first.json").read_text())
+    whole = json.loads((tmp_path / "data" / "sort-of-clevr" / "train" / "questions.json").read_text())
+    assert len(first) == len(whole) == 2
+    for record, of in zip(first, whole, strict=True):
+        said = [turn["value"] for turn in record["conversations"]]
+        assert said[0].startswith("<image>\n")
+        assert "<image>" not in "".join(said[1:])
+        asked = [text.removeprefix("<image>\n") for text in said[::2]]
+        pairs = list(zip(asked, said[1::2], record["kinds"], strict=True))
+        everything = [turn["value"].removeprefix("<image>\n") for turn in of["conversations"]]
+        kinds = zip(everything[::2], everything[1::2], of["kinds"], strict=True)
+        assert pairs == [one for one in kinds if one[2] in recipe.FIRST_KINDS]
+    for folder in ("tower", "stage1", "first"):
         (tmp_path / folder).mkdir()
     for name in recipe.STAGES:
         recipe.copy_configuration(tmp_path, name)
