@@ -10,6 +10,7 @@ from pathlib import Path
 
 from flashsloth.ablation.findings import Group
 from flashsloth.ablation.variants import ATTENTION, AVERAGE, NONE, QUERIES, SHUFFLE
+from flashsloth.figures import figure, plain
 
 # Colours of Okabe and Ito, which differ in brightness too; a marker of its own for each family, and a letter at each
 # point, say the same without colour.
@@ -29,14 +30,8 @@ def draw(groups: Sequence[Group], path: Path) -> Path:
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context({"svg.hashsalt": "flashsloth", "svg.fonttype": "path", "font.size": 10}):
-        figure = Figure(figsize=(9.0, 5.0), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.add_subplot()
+    with figure(path, (9.0, 5.0)) as drawn:
+        axes = drawn.add_subplot()
         labelled: set[str] = set()
         for group, place in zip(groups, places([group.tokens for group in groups]), strict=True):
             label, colour, marker = _FAMILIES.get(group.one.family, (group.one.family, "#CC79A7", "P"))
@@ -62,15 +57,9 @@ def draw(groups: Sequence[Group], path: Path) -> Path:
         axes.minorticks_off()
         axes.set_xlabel("visual tokens and embedded queries of a picture, in the prompt")
         axes.set_ylabel("right answers, %")
-        axes.grid(axis="y", color="#DDDDDD", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        plain(axes, linewidth=0.8)
         axes.margins(x=0.08, y=0.12)
         axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
-        given = {"metadata": {"Date": None}} if path.suffix == ".svg" else {"dpi": 150}
-        partial = path.with_name(f".{path.name}{path.suffix}")
-        figure.savefig(partial, **given)
-    partial.replace(path)
     return path
 
 

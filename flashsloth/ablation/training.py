@@ -99,18 +99,19 @@ def train(
 def optimizer_of(model: torch.nn.Module, settings: Settings) -> torch.optim.Optimizer:
     """At its highest rates. As usual, decay is for matrices: not for biases and norms."""
     trained = [weight for weight in model.parameters() if weight.requires_grad]
-    matrices = [] if settings.muon is None else matrices_of_layers(model)
-    taken = {id(one) for one in matrices}
     groups = [
-        {
-            "params": [one for one in trained if id(one) not in taken and one.dim() > 1],
-            "weight_decay": settings.weight_decay,
-        },
-        {"params": [one for one in trained if one.dim() <= 1], "weight_decay": 0.0},
+        {"params": [weight for weight in trained if weight.dim() > 1], "weight_decay": settings.weight_decay},
+        {"params": [weight for weight in trained if weight.dim() <= 1], "weight_decay": 0.0},
     ]
     if settings.muon is None:
         return torch.optim.AdamW(groups, lr=settings.learning_rate)
-    return Muon(matrices, groups, muon_lr=settings.muon, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    return Muon(
+        matrices_of_layers(model),
+        groups,
+        muon_lr=settings.muon,
+        lr=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+    )
 
 
 class Rows:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from flashsloth.files import replacing
+from flashsloth.figures import figure, plain
 
 _ACCURACIES = (("kind", "kind of thing", "#000000", "-"), ("letter", "letter", "#D55E00", "--"))
 _STAGES = (("stage1", "captions"), ("first", "first questions"), ("stage2", "all questions"))
@@ -18,16 +18,10 @@ def draw_curves(out: Path, path: Path) -> Path:
     Raises:
         FileNotFoundError: a step has left no log there. ModuleNotFoundError: matplotlib is not installed.
     """
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     tower = _read(out / "tower" / "log.jsonl", "letter_accuracy")
     stages = [_read(out / name / "log.jsonl", "loss") for name, _ in _STAGES]
-    with matplotlib.rc_context({"svg.hashsalt": "flashsloth", "svg.fonttype": "path", "font.size": 10}):
-        figure = Figure(figsize=(12.0, 3.2), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.subplots(1, 4)
+    with figure(path, (12.0, 3.2)) as drawn:
+        axes = drawn.subplots(1, 4)
         for name, label, color, line in _ACCURACIES:
             steps = [row["step"] for row in tower]
             axes[0].plot(steps, [100 * row[f"{name}_accuracy"] for row in tower], line, color=color, label=label)
@@ -40,12 +34,7 @@ def draw_curves(out: Path, path: Path) -> Path:
             one.set_title(f"{title}, loss", loc="left", fontsize=10)
         for one in axes:
             one.set_xlabel("steps")
-            one.grid(axis="y", which="both", color="#DDDDDD", linewidth=0.6)
-            one.set_axisbelow(True)
-            one.spines[["top", "right"]].set_visible(False)
-        given: dict[str, Any] = {"metadata": {"Date": None}} if path.suffix == ".svg" else {"dpi": 150}
-        with replacing(path) as partial:
-            figure.savefig(partial, **given)
+            plain(one, which="both", linewidth=0.6)
     return path
 
 

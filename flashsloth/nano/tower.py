@@ -163,12 +163,9 @@ def accuracies(found: dict[str, Tensor], batch: dict[str, Tensor]) -> dict[str, 
 
 
 def optimizer(model: nn.Module, training: TowerTraining) -> Muon:
-    matrices = [p for name, p in model.named_parameters() if ".layers." in name and p.dim() == 2]
-    chosen = {id(p) for p in matrices}
-    rest = [p for p in model.parameters() if id(p) not in chosen]
     return Muon(
-        matrices,
-        [{"params": rest}],
+        [p for name, p in model.named_parameters() if ".layers." in name and p.dim() == 2],
+        [{"params": model.parameters()}],
         muon_lr=training.muon_learning_rate,
         weight_decay=training.weight_decay,
         lr=training.learning_rate,

@@ -105,10 +105,6 @@ def fail(error: Exception, out: Path, what: str) -> NoReturn:
     raise CheckpointError(f"{what}: the disk of {out} is full ({free / 2**20:.0f} MiB left); {kept}") from error
 
 
-def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-
-
 def read_json(path: Path) -> Any:
     """Raises CheckpointError."""
     try:

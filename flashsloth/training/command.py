@@ -10,6 +10,7 @@ from typing import Any
 from transformers.utils import logging
 
 from flashsloth.data.broken import BrokenLog, TooManyBroken
+from flashsloth.files import write_json
 from flashsloth.training import checkpoints
 from flashsloth.training.config import TrainConfig, read_config, training_arguments
 from flashsloth.training.lora import add_lora
@@ -83,7 +84,7 @@ def run(config: TrainConfig, *, resume: bool = False) -> FlashSlothTrainer:
     trainer = FlashSlothTrainer(model, arguments, data, broken, _identity(config), muon=config.muon)
     if rank == 0:
         config.out.mkdir(parents=True, exist_ok=True)
-        checkpoints.write_json(config.out / "training.json", config.as_dict())
+        write_json(config.out / "training.json", config.as_dict())
     last = checkpoints.complete_checkpoints(config.out)[-1:] if resume else []
     if last and rank == 0:
         print(f"goes on from {last[0]}", flush=True)

@@ -172,9 +172,21 @@ def parse_config(read: Mapping[str, Any], folder: Path) -> TrainConfig:
         arguments=dict(defaults.arguments) | _arguments(keys.take("arguments", (dict,), {}), folder),
     )
     keys.done()
+    _check_muon(config)
     if lora is not None and "decoder" not in config.train:
         raise ValueError(f"lora: expected decoder among the parts of `train`, got {', '.join(config.train)}")
     return config
+
+
+def _check_muon(config: TrainConfig) -> None:
+    if config.muon is None:
+        return
+    if config.muon == 0:
+        raise ValueError("muon: expected a learning rate above 0, got 0")
+    if config.lora is not None:
+        raise ValueError("muon: expected no lora, whose matrices are factors of an update, got both")
+    if "optim" in (config.arguments or {}):
+        raise ValueError("muon: expected no arguments.optim, as AdamW trains the rest, got both")
 
 
 def training_arguments(config: TrainConfig, world_size: int) -> TrainingArguments:

@@ -33,7 +33,8 @@ class Muon(torch.optim.Optimizer):
 
     Args:
         matrices: parameters of two dimensions.
-        others: parameter groups of AdamW, with their own settings or those that follow.
+        others: parameter groups of AdamW, with their own settings or those that follow; matrices among them are left
+            out.
         muon_lr: of the matrices; ``weight_decay`` is that of all.
 
     Raises:
@@ -55,7 +56,10 @@ class Muon(torch.optim.Optimizer):
         for one in matrices:
             if one.dim() != 2:
                 raise ValueError(f"matrices: expected two dimensions, got a parameter of shape {tuple(one.shape)}")
-        groups = [{"params": matrices, "lr": muon_lr, "muon": True}, *({**other, "muon": False} for other in others)]
+        taken = {id(one) for one in matrices}
+        groups: list[dict[str, Any]] = [{"params": matrices, "lr": muon_lr, "muon": True}]
+        for other in others:
+            groups.append({**other, "params": [one for one in other["params"] if id(one) not in taken], "muon": False})
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -99,8 +103,8 @@ class Muon(torch.optim.Optimizer):
                 state["momentum"].lerp_(gradient, 1 - _MOMENTUM)
                 updates.append(gradient.lerp(state["momentum"], _MOMENTUM))
             scale = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
-            for parameter, update in zip(parameters, orthogonal(torch.stack(updates)), strict=True):
-                parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=scale)
+            for parameter, update in zip(parameters, orthogonal(torch.stack(updates).float()), strict=True):
+                parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update.to(parameter.dtype), alpha=scale)
 
 
 def matrices_of_layers(model: nn.Module) -> list[nn.Parameter]:

@@ -15,6 +15,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from flashsloth.data.broken import BrokenLog, Skipped
 from flashsloth.data.collate import Collator, TrainingLoader, take_report
+from flashsloth.files import write_json
 from flashsloth.modeling import FlashSlothForConditionalGeneration
 from flashsloth.processing import FlashSlothProcessor
 from flashsloth.training import checkpoints
@@ -125,26 +126,20 @@ class FlashSlothTrainer(Trainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
-        if self.muon is None or isinstance(optimizer, Muon):
-            return optimizer
-        trained: Any = self.model if model is None else model
-        matrices = matrices_of_layers(trained)
-        taken = {id(one) for one in matrices}
-        others = [
-            {"params": [p for p in group["params"] if id(p) not in taken], "weight_decay": group["weight_decay"]}
-            for group in optimizer.param_groups
-        ]
-        arguments = self.args
-        self.optimizer = Muon(
-            matrices,
-            others,
-            muon_lr=self.muon,
-            weight_decay=arguments.weight_decay,
-            lr=arguments.learning_rate,
-            betas=(arguments.adam_beta1, arguments.adam_beta2),
-            eps=arguments.adam_epsilon,
-        )
-        return self.optimizer
+        if self.muon is not None and not isinstance(optimizer, Muon):
+            arguments = self.args
+            trained = self.model if model is None else model
+            assert trained is not None
+            self.optimizer = optimizer = Muon(
+                matrices_of_layers(trained),
+                [{name: group[name] for name in ("params", "weight_decay")} for group in optimizer.param_groups],
+                muon_lr=self.muon,
+                weight_decay=arguments.weight_decay,
+                lr=arguments.learning_rate,
+                betas=(arguments.adam_beta1, arguments.adam_beta2),
+                eps=arguments.adam_epsilon,
+            )
+        return optimizer
 
     # ------------------------------------------------------------ log
 
@@ -220,9 +215,9 @@ class FlashSlothTrainer(Trainer):
             self._staging = staging
             super()._save_checkpoint(model, trial)
             state = {"order": self.batches.state_dict(), "broken": self.broken.state_dict()}
-            checkpoints.write_json(staging / name / _DATA.format(self.args.process_index), state)
+            write_json(staging / name / _DATA.format(self.args.process_index), state)
             if self.args.should_save:
-                checkpoints.write_json(staging / name / _RUN, self.run)
+                write_json(staging / name / _RUN, self.run)
         except Exception as error:
             failed = error
         finally:

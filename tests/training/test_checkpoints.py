@@ -17,7 +17,7 @@ import torch
 pytest.importorskip("accelerate")
 
 from flashsloth.tiny import random_model, tiny_config
-from flashsloth.training import checkpoints, progress
+from flashsloth.training import checkpoints, progress, trainer
 from flashsloth.training.checkpoints import CheckpointError, complete_checkpoints, is_complete
 from tests.training.cases import curve, prepare, train, weights
 
@@ -53,12 +53,12 @@ def failing(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, after: int,
     monkeypatch.setattr(module, name, wrapped)
 
 
-# Each checkpoint of this run writes 4 files with torch.save and 2 with write_json (the run's first is training.json),
+# Each checkpoint of this run writes 4 files with torch.save and 2 with write_json,
 # and waits for 13 files and folders. The points are in the second checkpoint, that of step 4.
 POINTS = [
     (torch, "save", 5, ["checkpoint-2"]),
     (torch, "save", 7, ["checkpoint-2"]),
-    (checkpoints, "write_json", 3, ["checkpoint-2"]),
+    (trainer, "write_json", 2, ["checkpoint-2"]),
     (checkpoints, "sync", 15, ["checkpoint-2"]),
     (checkpoints, "finish", 1, ["checkpoint-2"]),
     (checkpoints, "keep_newest", 1, ["checkpoint-2", "checkpoint-4"]),

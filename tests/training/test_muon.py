@@ -13,7 +13,7 @@ pytest.importorskip("accelerate")
 
 from flashsloth.tiny import random_model, tiny_config
 from flashsloth.training.muon import Muon, matrices_of_layers, orthogonal
-from tests.training.cases import curve, prepare, train
+from tests.training.cases import configured, curve, prepare, train
 
 
 def test_updates_are_orthogonal() -> None:
@@ -79,3 +79,28 @@ def test_a_run_with_muon_resumes_exactly_and_is_another(tmp_path: Path) -> None:
     assert curve(train(folder, out="adamw")) != curve(whole)
     with pytest.raises(ValueError, match=r"muon: expected 0.02, as in .* to resume it, got 0.01"):
         train(folder, out="stopped", muon=0.01, arguments={"lr_scheduler_type": "constant"}, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"muon": 0}, "muon: expected a learning rate above 0, got 0"),
+        ({"muon": -0.1}, "muon: expected 0 or more, got -0.1"),
+        ({"muon": 0.02, "lora": {"rank": 2}}, "muon: expected no lora"),
+        ({"muon": 0.02, "arguments": {"optim": "sgd"}}, r"muon: expected no arguments\.optim"),
+    ],
+)
+def test_what_does_not_go_with_muon_is_told(changes: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=said):
+        configured(prepare(tmp_path, 2), **changes)
+
+
+def test_weights_in_bfloat16_are_made_orthogonal_in_fp32() -> None:
+    torch.manual_seed(0)
+    gradient = torch.randn(8, 8, dtype=torch.bfloat16)
+    matrix = nn.Parameter(torch.zeros(8, 8, dtype=torch.bfloat16))
+    matrix.grad = gradient.clone()
+    Muon([matrix], [], muon_lr=1.0).step()
+    momentum = 0.05 * gradient.float()
+    expected = orthogonal((0.05 * gradient.float() + 0.95 * momentum)[None])[0]
+    torch.testing.assert_close(-matrix.detach().float(), expected, rtol=0.02, atol=0.02)
