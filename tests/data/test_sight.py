@@ -118,7 +118,7 @@ def test_a_question_has_one_answer(scenes: list[tuple[Scene, Dice, str]]) -> Non
 def test_what_is_hard_to_tell_is_not_asked(scenes: list[tuple[Scene, Dice, str]]) -> None:
     seen = Counter()
     for scene, dice, split in scenes:
-        size, named = scene.size, dict(forms._named(scene))
+        size, named = scene.size, dict(forms.named(scene))
         for question in ask(scene, dice, split):
             name = next((n for n in sorted(named, key=len, reverse=True) if n in question.text), None)
             if question.form == "half":
@@ -226,13 +226,6 @@ def test_letters_of_small_print_differ_where_every_pixel_is_seen() -> None:
         closest = [min(np.square(seen[a] - seen[b]).sum() for a, b in pairs) for seen in (full, half)]
         assert closest[0] > 8 * closest[1]
         assert 4 <= (full["x"].max(axis=1) > 90).sum() <= 6
-
-
-def test_captions_name_everything(samples: dict[str, list[Sample]]) -> None:
-    for sample in samples["train"]:
-        for thing in sample.scene.things:
-            assert thing.name in sample.caption
-            assert thing.family == "small" or thing.color in sample.caption
 
 
 @pytest.mark.parametrize("size", [144, 336])

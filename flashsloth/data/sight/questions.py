@@ -96,7 +96,7 @@ def _number(things: list[Thing], family: str) -> str:
     return f"{len(things)} {family}{'' if len(things) == 1 else 's'}"
 
 
-def _named(scene: Scene) -> Iterator[tuple[str, Thing]]:
+def named(scene: Scene) -> Iterator[tuple[str, Thing]]:
     """Names that mean one thing each: "the star", "the red star", "the red shape", "the digit", "the red word"."""
     for thing in scene.things:
         if thing.family in ("small", "bar"):
@@ -115,10 +115,10 @@ def _named(scene: Scene) -> Iterator[tuple[str, Thing]]:
 
 
 def _color(scene: Scene, dice: Dice, split: str) -> Iterator[tuple[str, str]]:
-    for name, thing in _named(scene):
+    for name, thing in named(scene):
         if thing.color not in name:
             yield f"What color is {name}?", thing.color
-    for place, thing in _ends(scene):
+    for place, thing in ends(scene):
         yield f"What color is the {place} {thing.family}?", thing.color
 
 
@@ -126,15 +126,15 @@ def _shape(scene: Scene, dice: Dice, split: str) -> Iterator[tuple[str, str]]:
     shapes = scene.of("shape")
     if len(shapes) == 1:
         yield "What shape is shown?", shapes[0].name
-    for name, thing in _named(scene):
+    for name, thing in named(scene):
         if name.endswith("shape"):
             yield f"What is {name}?", thing.name
-    for place, thing in _ends(scene):
+    for place, thing in ends(scene):
         if thing.family == "shape":
             yield f"What is the {place} shape?", thing.name
 
 
-def _ends(scene: Scene) -> Iterator[tuple[str, Thing]]:
+def ends(scene: Scene) -> Iterator[tuple[str, Thing]]:
     """The outermost things of a family, where they are clearly so."""
     for family in ("shape", "digit", "word"):
         things = scene.of(family)
@@ -167,7 +167,7 @@ def _count(scene: Scene, dice: Dice, split: str) -> Iterator[tuple[str, str]]:
 
 def _half(scene: Scene, dice: Dice, split: str) -> Iterator[tuple[str, str]]:
     middle = scene.size / 2
-    for name, thing in _named(scene):
+    for name, thing in named(scene):
         dx, dy = thing.x - middle, thing.y - middle
         if abs(dx) > FROM_MIDDLE * scene.size:
             yield f"Is {name} on the left or on the right?", "left" if dx < 0 else "right"
@@ -175,16 +175,16 @@ def _half(scene: Scene, dice: Dice, split: str) -> Iterator[tuple[str, str]]:
             yield f"Is {name} at the top or at the bottom?", "top" if dy < 0 else "bottom"
 
 
-def _pairs(scene: Scene) -> Iterator[tuple[str, Thing, str, Thing]]:
-    named = list(_named(scene))
-    for name, thing in named:
-        for other_name, other in named:
+def pairs(scene: Scene) -> Iterator[tuple[str, Thing, str, Thing]]:
+    all_named = list(named(scene))
+    for name, thing in all_named:
+        for other_name, other in all_named:
             if thing is not other:
                 yield name, thing, other_name, other
 
 
 def _side(scene: Scene, dice: Dice, split: str) -> Iterator[tuple[str, str]]:
-    for name, thing, other_name, other in _pairs(scene):
+    for name, thing, other_name, other in pairs(scene):
         dx, dy = thing.x - other.x, thing.y - other.y
         if abs(dx) > CLEAR * scene.size:
             yield f"Is {name} left or right of {other_name}?", "left" if dx < 0 else "right"
@@ -193,21 +193,26 @@ def _side(scene: Scene, dice: Dice, split: str) -> Iterator[tuple[str, str]]:
 
 
 def _near(scene: Scene, dice: Dice, split: str) -> Iterator[tuple[str, str]]:
+    for which, name, shape in nearest_and_farthest(scene):
+        yield f"What is the shape {which} {name}?", shape.name
+        yield f"What color is the shape {which} {name}?", shape.color
+
+
+def nearest_and_farthest(scene: Scene) -> Iterator[tuple[str, str, Thing]]:
+    """("closest to", "the red star", the shape that is), where it is clearly so."""
     shapes = scene.of("shape")
     if len(shapes) < 3:
         return
-    for name, thing in _named(scene):
+    for name, thing in named(scene):
         if thing.family != "shape":
             continue
         others = sorted((math.hypot(t.x - thing.x, t.y - thing.y), i) for i, t in enumerate(shapes) if t is not thing)
         (nearest, a), (second, _) = others[:2]
         (last, _), (farthest, b) = others[-2:]
         if second > NEARER * nearest:
-            yield f"What is the shape closest to {name}?", shapes[a].name
-            yield f"What color is the shape closest to {name}?", shapes[a].color
+            yield "closest to", name, shapes[a]
         if farthest > NEARER * last:
-            yield f"What is the shape farthest from {name}?", shapes[b].name
-            yield f"What color is the shape farthest from {name}?", shapes[b].color
+            yield "farthest from", name, shapes[b]
 
 
 def _neighbour(scene: Scene, dice: Dice, split: str) -> Iterator[tuple[str, str]]:
@@ -291,7 +296,7 @@ def _shows(scene: Scene, dice: Dice, split: str) -> Iterator[tuple[str, str]]:
 
 
 def _is_beside(scene: Scene, dice: Dice, split: str) -> Iterator[tuple[str, str]]:
-    for name, thing, other_name, other in _pairs(scene):
+    for name, thing, other_name, other in pairs(scene):
         dx, dy = thing.x - other.x, thing.y - other.y
         for relation, distance in (("left of", -dx), ("right of", dx), ("above", -dy), ("below", dy)):
             if abs(distance) > CLEAR * scene.size:
@@ -321,21 +326,3 @@ _FORMS: dict[str, tuple[str, Form]] = {
     "is-beside": ("yesno", _is_beside),
 }
 KINDS = tuple(dict.fromkeys(["describe", *(kind for kind, _ in _FORMS.values())]))
-
-
-def caption(scene: Scene) -> str:
-    """Everything in the scene, small print and heights of bars too: to align a projector with, not to be scored."""
-    parts = []
-    for thing in sorted(scene.things, key=lambda t: t.x if not scene.horizontal else t.y):
-        if thing.family == "bar":
-            parts.append(f"{thing.color} bar {thing.source}")
-            continue
-        what = "small print" if thing.family == "small" else f"{thing.color} {thing.family}"
-        what = f"{thing.color} {thing.name}" if thing.family == "shape" else f"{what} {thing.name}"
-        parts.append(f"{what} {_place(thing.x, thing.y, scene.size)}")
-    return ", ".join(parts)
-
-
-def _place(x: float, y: float, size: int) -> str:
-    rows, columns = ("top", "middle", "bottom"), ("left", "center", "right")
-    return f"{rows[min(2, int(3 * y / size))]} {columns[min(2, int(3 * x / size))]}"

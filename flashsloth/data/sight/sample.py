@@ -11,9 +11,10 @@ from typing import Any
 
 from PIL import Image
 
+from flashsloth.data.sight.captions import caption
 from flashsloth.data.sight.dice import Dice
 from flashsloth.data.sight.paint import paint
-from flashsloth.data.sight.questions import Question, ask, caption, describe
+from flashsloth.data.sight.questions import Question, ask, describe
 from flashsloth.data.sight.scene import Scene, compose
 from flashsloth.data.sight.sort_of_clevr import SIZE as SORT_OF_CLEVR_SIZE
 from flashsloth.data.sight.sort_of_clevr import ask_sort_of_clevr, compose_sort_of_clevr, paint_sort_of_clevr
@@ -114,4 +115,4 @@ def make_sample(settings: Settings, split: str, index: int, sources: Sources | N
     scene = compose(dice, split, settings.size, sources)
     asked = [describe(scene)] if dice.coin(_DESCRIBED) else ask(scene, dice, split)
     image, photograph = paint(scene, Dice(*name, "paint"), split, sources)
-    return Sample(split, index, scene, tuple(asked), caption(scene), image, photograph)
+    return Sample(split, index, scene, tuple(asked), caption(scene, Dice(*name, "caption")), image, photograph)
