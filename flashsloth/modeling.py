@@ -51,6 +51,12 @@ class FlashSlothOutput(ModelOutput):
     image_context: ImageContext | None = None
 
 
+class _Ran:
+    """Whether the hook did: no container, of which FSDP hands every layer a copy, to cast what is in it."""
+
+    yet = False
+
+
 class _EmbeddedQueries(NamedTuple):
     """What the hook needs; travels through the decoder as one keyword argument, so a recomputed layer has it too."""
 
@@ -59,7 +65,7 @@ class _EmbeddedQueries(NamedTuple):
     image: Tensor
     state: ImageState | None
     packed: PackedRows | None
-    ran: list[bool]
+    ran: _Ran
 
 
 class FlashSlothPreTrainedModel(PreTrainedModel):
@@ -254,7 +260,7 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, GenerationMi
             if where is not None and image_context is not None and where.positions.shape[1]:
                 image, state = image_context.per_row()
                 replace = where.is_query & image_seen(input_ids, self.config.image_token_id, image_context.row_image)
-                queries = _EmbeddedQueries(where, replace, image, state, packed, [])
+                queries = _EmbeddedQueries(where, replace, image, state, packed, _Ran())
                 kwargs["embedded_queries"] = queries
 
         assert inputs_embeds is not None
@@ -289,7 +295,7 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, GenerationMi
             return_dict=True,
             **kwargs,
         )
-        if queries is not None and not queries.ran:
+        if queries is not None and not queries.ran.yet:
             raise RuntimeError(
                 f"text_config: expected a decoder that hands keyword arguments to its layers; "
                 f"{type(self.language_model).__name__} does not, so the embedded queries saw no image"
@@ -373,7 +379,7 @@ class FlashSlothForConditionalGeneration(FlashSlothPreTrainedModel, GenerationMi
         queries: _EmbeddedQueries | None = kwargs.get("embedded_queries")
         if queries is None:
             return None
-        queries.ran.append(True)
+        queries.ran.yet = True
         given = output[0] if isinstance(output, tuple) else output
         hidden = given if queries.packed is None else queries.packed.unpack(given)
         batch, _, width = hidden.shape

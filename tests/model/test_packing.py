@@ -6,7 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from tests.model.support import IMAGE, LEARNABLE, PHI, QWEN2, Row, batch, small_model
 
@@ -55,6 +58,25 @@ def test_loss_logits_and_gradients_are_those_of_the_padded_batch(text: Any, side
     for name, gradient in gradients.items():
         scale = gradient.abs().max().item()
         assert (got[name] - gradient).abs().max().item() <= 2e-4 * scale + 1e-7, name
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view")  # which nothing writes to
+def test_layers_that_get_copies_of_their_arguments() -> None:
+    """FSDP2 with mixed precision casts what a layer gets, and makes new containers for it."""
+    model = small_model()
+    model.set_attn_implementation("flashsloth")
+    inputs = packed(with_labels(batch(ROWS)))
+    wanted, gradients = run(model, inputs)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh, half = init_device_mesh("cpu", (1,)), MixedPrecisionPolicy(torch.bfloat16, torch.float32, torch.bfloat16)
+        for part in (*model.get_decoder().layers, model):
+            fully_shard(part, mesh=mesh, mp_policy=half)
+        out, got = run(model, inputs)
+    finally:
+        dist.destroy_process_group()
+    torch.testing.assert_close(out.loss.float(), wanted.loss, rtol=2e-2, atol=0)
+    assert got.keys() == gradients.keys()
 
 
 def test_rows_do_not_see_each_other() -> None:
