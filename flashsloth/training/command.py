@@ -23,7 +23,7 @@ BROKEN = "broken.jsonl"
 _FREE = ("model", "tower", "data", "out", "micro_batch", "max_broken")
 _FREE_ARGUMENTS = (
     "logging_", "log_", "save_", "report_to", "run_name", "disable_tqdm", "dataloader_", "ddp_", "use_cpu",
-    "skip_memory_metrics", "max_steps", "num_train_epochs", "fsdp", "deepspeed", "gradient_checkpointing",
+    "skip_memory_metrics", "max_steps", "num_train_epochs", "fsdp_config", "deepspeed", "gradient_checkpointing",
     "activation_checkpointing", "torch_",
 )  # fmt: skip
 

@@ -48,7 +48,7 @@ class FlashSlothTrainer(Trainer):
         resumed_at: the step this run went on from, 0 for one from the start.
 
     Raises:
-        ValueError: several GPUs without torchrun, or Muon where weights are sharded.
+        ValueError: several GPUs without torchrun, FSDP or DeepSpeed where nothing would be sharded, Muon where it is.
     """
 
     def __init__(
@@ -90,8 +90,6 @@ class FlashSlothTrainer(Trainer):
         )
         use_cache = getattr(model.config, "use_cache", None)
         super().__init__(model, arguments, train_dataset=data)
-        if muon is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ValueError("muon: expected whole matrices, got FSDP or DeepSpeed, which shard them")
         if use_cache is None:  # Trainer leaves its own word in what is saved
             del model.config.use_cache
         else:
@@ -100,6 +98,24 @@ class FlashSlothTrainer(Trainer):
             self.remove_callback(callback)
         self.add_callback(Progress(self.out, bar=not arguments.disable_tqdm))
         self.add_callback(_EpochEnd(self))
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Also refuses what would not be as asked: on CPUs, for one, accelerate shards nothing and says nothing."""
+        super().create_accelerator_and_postprocess()
+        arguments = self.args
+        for name, enabled in (("fsdp", self.is_fsdp_enabled), ("deepspeed", self.is_deepspeed_enabled)):
+            if getattr(arguments, name) and not enabled:
+                raise ValueError(
+                    f"arguments.{name}: expected a process for each GPU, by torchrun, as nothing is sharded elsewhere, "
+                    f"got {arguments.world_size} on {arguments.device.type}"
+                )
+        if self.muon is not None and self._sharded:
+            raise ValueError("muon: expected whole matrices, got FSDP or DeepSpeed, which shard them")
+
+    @property
+    def _sharded(self) -> bool:
+        """Whether a process holds a part of the weights, which all save and load together."""
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
 
     # ------------------------------------------------------------ batches
 
@@ -234,7 +250,9 @@ class FlashSlothTrainer(Trainer):
 
     def _stop_if(self, failed: Exception | None, step: int) -> None:
         """Raise on every process where one failed: the others would wait for it."""
-        if not self._sum(int(failed is not None)):
+        # Others may still put shards together, and a sum would be taken for a part of that. torchrun ends them.
+        at_once = failed is not None and self._sharded
+        if not at_once and not self._sum(int(failed is not None)):
             return
         if self.args.should_save:
             shutil.rmtree(self.out / checkpoints.STAGING, ignore_errors=True)
@@ -243,7 +261,7 @@ class FlashSlothTrainer(Trainer):
         checkpoints.fail(failed, self.out, f"checkpoint of step {step}")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self._sharded:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:  # transformers would go on with a warning where a name is missing
             target: Any = self.model if model is None else model
@@ -254,7 +272,7 @@ class FlashSlothTrainer(Trainer):
         *_, steps = self.set_initial_training_values(self.args, self._loader)
         if self.resumed_at < steps:
             return False
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if self._sharded:
             raise ValueError(f"--resume: expected a run that is not finished, got {checkpoint} of {steps} steps")
         self.state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
         self._load_from_checkpoint(str(checkpoint))
