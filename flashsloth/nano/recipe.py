@@ -3,7 +3,8 @@
     OUT/data/sight, OUT/data/sort-of-clevr    pictures, questions, captions
     OUT/start                                 configuration, tokenizer, processor
     OUT/tower                                 the vision tower, pretrained on what patches show
-    OUT/stage1, OUT/first, OUT/stage2         captions, first questions, all questions: by the YAML files of this folder
+    OUT/aligned                               pooling, projector and embedded queries, told the words of what is seen
+    OUT/stage1, OUT/stage2                    captions, questions: by the YAML files of this folder
     OUT/weights                               what ships: stage 2 in bfloat16, rounded to nearest even
     OUT/curves.svg                            how it went
 
@@ -24,15 +25,15 @@ import torch
 
 from flashsloth.data.sight import make_sight, sort_of_clevr
 from flashsloth.data.sight.sample import Settings
+from flashsloth.nano.align import Alignment, align
 from flashsloth.nano.curves import draw_curves
 from flashsloth.nano.model import vision_config, write_start
 from flashsloth.nano.tower import TowerTraining, train_tower
 from flashsloth.prompt import IMAGE_TOKEN
 
-STAGES = ("stage1", "first", "stage2")
+STAGES = ("stage1", "stage2")
 PICTURES = {"train": 60_000, "validation": 1_000, "test": 2_000}
-FIRST_KINDS = ("query-shape", "query-horizontal", "query-vertical")
-SMALL_PRINT_SHARE = 3  # every third picture with a question on small print is trained on in five tiles too
+READING = ("word", "digit")
 _HERE = Path(__file__).parent
 
 
@@ -55,11 +56,12 @@ def _data(out: Path, jobs: int) -> None:
     """``make_sight`` keeps what is finished."""
     make_sight(out / "data" / "sight", Settings(), PICTURES, jobs=jobs)
     make_sight(out / "data" / "sort-of-clevr", Settings(size=sort_of_clevr.SIZE, sort_of_clevr=True), jobs=jobs)
-    records = json.loads((out / "data" / "sort-of-clevr" / "train" / "questions.json").read_text())
-    (out / "data" / "first.json").write_text(json.dumps([_only(record, FIRST_KINDS) for record in records]))
     records = json.loads((out / "data" / "sight" / "train" / "questions.json").read_text())
-    small = [record for record in records if "small-print" in record["kinds"]][::SMALL_PRINT_SHARE]
-    (out / "data" / "small-print.json").write_text(json.dumps(small))
+    for name, chosen in (
+        ("reading", [_only(record, READING) for record in records if {*READING} & {*record["kinds"]}]),
+        ("small-print", [record for record in records if "small-print" in record["kinds"]]),
+    ):
+        (out / "data" / f"{name}.json").write_text(json.dumps(chosen))
 
 
 def _only(record: dict[str, Any], kinds: Sequence[str]) -> dict[str, Any]:
@@ -80,6 +82,11 @@ def _start(out: Path, jobs: int) -> None:
 def _tower(out: Path, jobs: int) -> None:
     if not (out / "tower" / "model.safetensors").is_file():
         train_tower(vision_config(), out / "tower", TowerTraining(), device=_device())
+
+
+def _align(out: Path, jobs: int) -> None:
+    if not (out / "aligned" / "model.safetensors").is_file():
+        align(out / "start", out / "tower", out / "aligned", Alignment(), device=_device())
 
 
 def _stage(out: Path, jobs: int, name: str) -> None:
@@ -114,6 +121,7 @@ STEPS: tuple[tuple[str, Callable[[Path, int], object]], ...] = (
     ("data", _data),
     ("start", _start),
     ("tower", _tower),
+    ("align", _align),
     *((name, partial(_stage, name=name)) for name in STAGES),
     ("weights", write_weights),
     ("curves", lambda out, jobs: draw_curves(out, out / "curves.svg")),

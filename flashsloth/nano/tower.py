@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from flashsloth.nano.patches import COLUMNS, GEOMETRY, INKS, KINDS, LETTERS, PLA
 from flashsloth.training.muon import Muon
 
 _STATE = "tower.pt"
-_WHITENED = 16  # batches
+_WHITENED, _MEASURED = 16, 4  # batches
 _HEADS = {"kind": len(KINDS), "ink": len(INKS), "letter": COLUMNS * LETTERS, "place": COLUMNS * PLACES}
 _LOSSES = (*_HEADS, "geometry")
 _GEOMETRY_WEIGHT = 20.0  # squares of parts of a side are small numbers
@@ -223,5 +223,31 @@ def train_tower(
             state["optimizer"] = stepper.state_dict()
             with replacing(out / _STATE) as partial:
                 torch.save(state, partial)
+    others = Views(config, replace(training, seed=training.seed + 5), 0)
+    pixels = torch.cat([batch["pixels"] for batch in islice(others, _MEASURED)])
+    unit_features(model.tower, pixels.to(device))
     model.tower.save_pretrained(out)
     return out
+
+
+@torch.no_grad()
+def unit_features(tower: SiglipVisionModel, pixels: Tensor) -> None:
+    """Change weights so that over ``pixels`` each feature has mean 0 and all of them standard deviation 1.
+
+    As trained they are forty times as large, and so would visual tokens be beside words, whatever a decoder adds to
+    them. Layers see their input normalised, so all that is added to the features may be scaled, and what the last layer
+    adds be shifted: the features change by that and by nothing else.
+    """
+    features = tower(pixels).last_hidden_state
+    mean = features.mean((0, 1))
+    scale = 1 / (features - mean).std()
+    inner = getattr(tower, "vision_model", tower)  # nested in some versions
+    embeddings, layers = inner.embeddings, inner.encoder.layers
+    added: list[Any] = [embeddings.patch_embedding]
+    for layer in layers:
+        added += [layer.self_attn.out_proj, layer.mlp.fc2]
+    for part in added:
+        part.weight.mul_(scale)
+        part.bias.mul_(scale)
+    embeddings.position_embedding.weight.mul_(scale)
+    layers[-1].mlp.fc2.bias.sub_(mean * scale)

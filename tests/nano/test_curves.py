@@ -22,8 +22,9 @@ def trained(tmp_path: Path) -> Path:
     write(tmp_path / "tower" / "log.jsonl", tower)
     losses = [{"step": step, "loss": 5.0 / step} for step in (1, 25, 50)]
     write(tmp_path / "stage1" / "log.jsonl", [*losses, {"step": 50, "train_runtime": 3.0}])
-    for name in ("first", "stage2"):
-        write(tmp_path / name / "log.jsonl", losses)
+    write(tmp_path / "stage2" / "log.jsonl", losses)
+    aligned = [{"step": step, "token": 9 / step, "key": 8 / step, "value": 7 / step} for step in (25, 50)]
+    write(tmp_path / "aligned" / "log.jsonl", [{"steps": 50}, *aligned])
     return tmp_path
 
 

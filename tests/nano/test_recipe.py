@@ -30,10 +30,11 @@ def test_pictures_and_start_are_what_the_stages_read(tmp_path: Path, monkeypatch
     small = json.loads((tmp_path / "data" / "small-print.json").read_text())
     assert small
     assert all("small-print" in record["kinds"] for record in small)
-    first = json.loads((tmp_path / "data" / "first.json").read_text())
-    whole = json.loads((tmp_path / "data" / "sort-of-clevr" / "train" / "questions.json").read_text())
-    assert len(first) == len(whole) == 2
-    for record, of in zip(first, whole, strict=True):
+    reading = json.loads((tmp_path / "data" / "reading.json").read_text())
+    whole = json.loads((tmp_path / "data" / "sight" / "train" / "questions.json").read_text())
+    whole = [record for record in whole if {"word", "digit"} & {*record["kinds"]}]
+    assert 0 < len(reading) == len(whole)
+    for record, of in zip(reading, whole, strict=True):
         said = [turn["value"] for turn in record["conversations"]]
         assert said[0].startswith("<image>\n")
         assert "<image>" not in "".join(said[1:])
@@ -41,8 +42,8 @@ def test_pictures_and_start_are_what_the_stages_read(tmp_path: Path, monkeypatch
         pairs = list(zip(asked, said[1::2], record["kinds"], strict=True))
         everything = [turn["value"].removeprefix("<image>\n") for turn in of["conversations"]]
         kinds = zip(everything[::2], everything[1::2], of["kinds"], strict=True)
-        assert pairs == [one for one in kinds if one[2] in recipe.FIRST_KINDS]
-    for folder in ("tower", "stage1", "first"):
+        assert pairs == [one for one in kinds if one[2] in recipe.READING]
+    for folder in ("aligned", "stage1"):
         (tmp_path / folder).mkdir()
     for name in recipe.STAGES:
         recipe.copy_configuration(tmp_path, name)

@@ -13,7 +13,7 @@ from transformers import SiglipVisionConfig, SiglipVisionModel
 
 from flashsloth.nano import tower
 from flashsloth.nano.neighbours import OFFSETS, look_at_neighbours, whiten_patches
-from flashsloth.nano.tower import TowerTraining, train_tower
+from flashsloth.nano.tower import TowerTraining, train_tower, unit_features
 
 pytest.importorskip("sklearn")
 
@@ -59,6 +59,24 @@ def test_channels_for_pixels_start_equally_strong() -> None:
     assert channels.mean(1).abs().max() < 1e-3
     strong = channels.std(1)[:20]
     assert strong.max() / strong.min() < 1.2
+
+
+def test_features_are_shifted_and_scaled_and_nothing_else() -> None:
+    torch.manual_seed(0)
+    model = SiglipVisionModel(small())
+    getattr(model, "vision_model", model).post_layernorm = torch.nn.Identity()
+    pixels = torch.randn(8, 3, 36, 36)
+    with torch.no_grad():
+        before = 40 * model(pixels).last_hidden_state.double()
+        for name, weight in model.named_parameters():
+            if "embedding" in name or "out_proj" in name or "fc2" in name:
+                weight.mul_(40)
+        unit_features(model, pixels)
+        after = model(pixels).last_hidden_state.double()
+    wanted = before - before.mean((0, 1))
+    assert after.mean((0, 1)).abs().max() < 1e-5
+    assert after.std().item() == pytest.approx(1, abs=1e-3)
+    assert (after - wanted / wanted.std()).abs().max() < 1e-3
 
 
 def test_pretraining_learns_and_goes_on_as_if_never_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
