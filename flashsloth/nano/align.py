@@ -9,7 +9,9 @@ that could name something in a picture:
 * the key of a patch is near to the query that a word makes of itself, where the patch shows what the word says,
 * what an embedded query brings back from a patch has the direction of the embeddings of what the patch shows.
 
-In the end keys are made equal to queries in the layers of the decoder: its heads start by looking for the same.
+In the end visual tokens and what queries bring back are made as large as words, as beside something forty times its
+size nothing that a layer adds would count; and keys are made equal to queries in the layers of the decoder, whose heads
+so start by looking for the same.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -109,7 +112,8 @@ class Aligner(nn.Module):
     def forward(self, features: Tensor) -> dict[str, Tensor]:
         """``(B, patches, Di)`` -> token ``(B, windows, names)``, key ``(B, patches, heads, names)``, value
         ``(B, patches, names)``."""
-        model, query = self.model, self.model.embedded_query
+        model: Any = self.model
+        query = model.embedded_query
         words = model.get_input_embeddings().weight[self.ids]
         tokens = model.projector(model.pooling(features))
         found = {"token": F.rms_norm(tokens, tokens.shape[-1:]) @ words.T}
@@ -153,7 +157,8 @@ def align(start: Path, tower: Path, out: Path, training: Alignment, *, device: s
 
     Beside it: ``log.jsonl``, losses every 25 steps.
     """
-    model = load_model(start, tower=tower, seed=training.seed, dtype="float32").to(device)
+    model = load_model(start, tower=tower, seed=training.seed, dtype="float32")
+    nn.Module.to(model, device)
     processor = load_processor(start)
     aligner = Aligner(model, ids_of_names(processor.tokenizer).to(device)).to(device)
     stepper = optimizer(model, aligner, training)
@@ -175,6 +180,7 @@ def align(start: Path, tower: Path, out: Path, training: Alignment, *, device: s
             log.append({"step": step + 1, **{name: round(one.item(), 4) for name, one in found.items()}})
             log[-1]["seconds"] = round(time.perf_counter() - began, 1)
             print(" ".join(f"{name} {value}" for name, value in log[-1].items()), flush=True)
+    as_large_as_words(model, features)
     tie_keys(model)
     (out / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [asdict(training), *log]))
     processor.save_pretrained(out)
@@ -183,7 +189,22 @@ def align(start: Path, tower: Path, out: Path, training: Alignment, *, device: s
 
 
 @torch.no_grad()
+def as_large_as_words(model: FlashSlothForConditionalGeneration, features: Tensor) -> None:
+    """Scale the last layers of projector and embedded queries, by what they give for ``features``: directions stay."""
+    parts: Any = model
+    projector, query = parts.projector, parts.embedded_query
+    size = parts.get_input_embeddings().weight.norm(dim=-1).mean()
+    tokens = projector(parts.pooling(features))
+    brought = query.up_projector(query.layers[0].i2q_attn.v_proj(features))
+    for last, given in ((projector[-1], tokens), (query.up_projector, brought)):
+        scale = size / given.norm(dim=-1).mean()
+        last.weight.mul_(scale)
+        last.bias.mul_(scale)
+
+
+@torch.no_grad()
 def tie_keys(model: FlashSlothForConditionalGeneration) -> None:
     """Keys like queries in each layer of the decoder, for the start: a token then looks for tokens like itself."""
-    for layer in model.get_decoder().layers:
+    decoder: Any = model.get_decoder()
+    for layer in decoder.layers:
         layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)

@@ -241,7 +241,7 @@ def unit_features(tower: SiglipVisionModel, pixels: Tensor) -> None:
     features = tower(pixels).last_hidden_state
     mean = features.mean((0, 1))
     scale = 1 / (features - mean).std()
-    inner = getattr(tower, "vision_model", tower)  # nested in some versions
+    inner: Any = getattr(tower, "vision_model", tower)  # nested in some versions
     embeddings, layers = inner.embeddings, inner.encoder.layers
     added: list[Any] = [embeddings.patch_embedding]
     for layer in layers:

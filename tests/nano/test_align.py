@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from flashsloth.nano import model as nano
 from flashsloth.nano.align import NAMES, Aligner, Alignment, align, ids_of_names, in_windows, losses, names_shown
 from flashsloth.nano.patches import INKS, KINDS
 from flashsloth.nano.tokenizer import build_tokenizer
+from flashsloth.nano.tower import TowerTraining, Views
 from flashsloth.training.stages import load_model
 
 pytest.importorskip("sklearn")
@@ -63,6 +65,11 @@ def test_words_and_pictures_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     model = load_model(tmp_path / "out", tower=None, seed=0, dtype="float32")
     for layer in model.get_decoder().layers:
         assert torch.equal(layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight)
+    pixels = torch.stack([views["pixels"] for views in islice(Views(nano.vision_config(), TowerTraining(), 0), 1)])[0]
+    with torch.no_grad():
+        size = model.get_image_context(pixels[:, None]).tokens.norm(dim=-1).mean()
+    words = model.get_input_embeddings().weight.norm(dim=-1).mean()
+    assert 0.5 < size / words < 2
     lines = (tmp_path / "out" / "log.jsonl").read_text().splitlines()
     assert len(lines) == 2
     assert '"token"' in lines[1]
