@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase
 
+from flashsloth.data.sight.captions import COLUMNS, ROWS
 from flashsloth.data.sight.scene import COLORS, SHAPES
 from flashsloth.modeling import FlashSlothForConditionalGeneration
 from flashsloth.nano.patches import INKS, KINDS
@@ -35,30 +36,14 @@ from flashsloth.nano.tower import TowerTraining, Views
 from flashsloth.training.muon import Muon
 from flashsloth.training.stages import load_model, load_processor
 
-ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "center", "right")
 DIGITS, LETTERS = tuple("0123456789"), tuple("abcdefghijklmnopqrstuvwxyz")
 NAMES = (*ROWS, *COLUMNS, *SHAPES, *DIGITS, "digit", "bar", "word", "print", *COLORS, *LETTERS)
 _PLACE = {name: i for i, name in enumerate(NAMES)}
 _LOSSES = ("token", "key", "value")
 
 
-@dataclass(frozen=True)
-class Alignment:
-    """``steps`` of ``batch`` views like those the tower was trained on; rates as in
-    :class:`~flashsloth.nano.tower.TowerTraining`."""
-
-    steps: int = 500
-    batch: int = 16
-    learning_rate: float = 3e-3
-    muon_learning_rate: float = 0.02
-    warmup: int = 20
-    decay: int = 200
-    weight_decay: float = 0.01
-    seed: int = 1
-
-    def rate(self, step: int) -> float:
-        """Factor of the learning rates at a step."""
-        return min(1.0, (step + 1) / self.warmup, (self.steps - step) / self.decay)
+# Views and rates are as the tower was trained with; of another seed, so that pictures are new.
+ALIGNMENT = TowerTraining(steps=500, warmup=20, decay=200, seed=1)
 
 
 def names_shown(labels: dict[str, Tensor]) -> Tensor:
@@ -137,7 +122,7 @@ def losses(found: dict[str, Tensor], shown: Tensor, window: int) -> dict[str, Te
     }
 
 
-def optimizer(model: FlashSlothForConditionalGeneration, aligner: Aligner, training: Alignment) -> Muon:
+def optimizer(model: FlashSlothForConditionalGeneration, aligner: Aligner, training: TowerTraining) -> Muon:
     parts = (model.pooling, model.projector, model.embedded_query)
     matrices = [p for part in parts for p in part.parameters() if p.dim() == 2 and min(p.shape) > 1]
     own = [*aligner.gain.parameters(), *aligner.bias.parameters()]
@@ -152,19 +137,18 @@ def optimizer(model: FlashSlothForConditionalGeneration, aligner: Aligner, train
     )
 
 
-def align(start: Path, tower: Path, out: Path, training: Alignment, *, device: str = "cpu") -> Path:
+def align(start: Path, tower: Path, out: Path, training: TowerTraining, *, device: str = "cpu") -> Path:
     """A model of the configuration in ``start`` with the vision tower of ``tower``, aligned, written to ``out``.
 
     Beside it: ``log.jsonl``, losses every 25 steps.
     """
-    model = load_model(start, tower=tower, seed=training.seed, dtype="float32")
-    nn.Module.to(model, device)
+    model: Any = load_model(start, tower=tower, seed=training.seed, dtype="float32")
+    model.to(device)
     processor = load_processor(start)
     aligner = Aligner(model, ids_of_names(processor.tokenizer).to(device)).to(device)
     stepper = optimizer(model, aligner, training)
     bases = [group["lr"] for group in stepper.param_groups]
-    seen = TowerTraining(steps=training.steps, batch=training.batch, seed=training.seed)
-    views = Views(model.config.vision_config, seen, 0)
+    views = Views(model.config.vision_config, training, 0)
     out.mkdir(parents=True, exist_ok=True)
     log, began = [], time.perf_counter()
     for step, batch in enumerate(DataLoader(views, batch_size=None, num_workers=1, prefetch_factor=8)):

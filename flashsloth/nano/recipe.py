@@ -25,7 +25,7 @@ import torch
 
 from flashsloth.data.sight import make_sight, sort_of_clevr
 from flashsloth.data.sight.sample import Settings
-from flashsloth.nano.align import Alignment, align
+from flashsloth.nano.align import ALIGNMENT, align
 from flashsloth.nano.curves import draw_curves
 from flashsloth.nano.model import vision_config, write_start
 from flashsloth.nano.tower import TowerTraining, train_tower
@@ -86,7 +86,7 @@ def _tower(out: Path, jobs: int) -> None:
 
 def _align(out: Path, jobs: int) -> None:
     if not (out / "aligned" / "model.safetensors").is_file():
-        align(out / "start", out / "tower", out / "aligned", Alignment(), device=_device())
+        align(out / "start", out / "tower", out / "aligned", ALIGNMENT, device=_device())
 
 
 def _stage(out: Path, jobs: int, name: str) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from flashsloth.nano import model as nano
-from flashsloth.nano.align import NAMES, Aligner, Alignment, align, ids_of_names, in_windows, losses, names_shown
+from flashsloth.nano.align import NAMES, Aligner, align, ids_of_names, in_windows, losses, names_shown
 from flashsloth.nano.patches import INKS, KINDS
 from flashsloth.nano.tokenizer import build_tokenizer
 from flashsloth.nano.tower import TowerTraining, Views
@@ -61,7 +61,7 @@ def test_words_and_pictures_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     torch.manual_seed(0)
     start = nano.write_start(tmp_path / "start")
     load_model(start, tower=None, seed=0, dtype="float32").vision_tower.save_pretrained(tmp_path / "tower")
-    align(start, tmp_path / "tower", tmp_path / "out", Alignment(steps=6, batch=2, warmup=1, decay=3))
+    align(start, tmp_path / "tower", tmp_path / "out", TowerTraining(steps=6, batch=2, warmup=1, decay=3, seed=1))
     model = load_model(tmp_path / "out", tower=None, seed=0, dtype="float32")
     for layer in model.get_decoder().layers:
         assert torch.equal(layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight)

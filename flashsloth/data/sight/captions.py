@@ -13,6 +13,7 @@ from flashsloth.data.sight.questions import ends, nearest_and_farthest, pairs
 from flashsloth.data.sight.scene import CLEAR, COLORS, SHAPES, Scene, Thing
 
 FURTHER = 6  # facts at most beyond those on single things
+ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "center", "right")  # thirds of a picture
 
 
 def caption(scene: Scene, dice: Dice) -> str:
@@ -37,8 +38,7 @@ def _name(thing: Thing) -> str:
 
 
 def _place(x: float, y: float, size: int) -> str:
-    rows, columns = ("top", "middle", "bottom"), ("left", "center", "right")
-    return f"{rows[min(2, int(3 * y / size))]} {columns[min(2, int(3 * x / size))]}"
+    return f"{ROWS[min(2, int(3 * y / size))]} {COLUMNS[min(2, int(3 * x / size))]}"
 
 
 def _among(scene: Scene) -> list[list[str]]:
