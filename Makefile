@@ -9,8 +9,9 @@ CXX_FILES := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES) $(wildcard tests/emulator/
 
 .PHONY: demo test lint format kernels bench bench-check bench-readme gpu-check nano clean
 
+# Also on your own picture: make demo IMAGE=photo.png QUESTION="What color is the circle?"
 demo: $(VENV)/installed
-	$(BIN)/flashsloth demo
+	$(BIN)/flashsloth demo $(if $(IMAGE),--image "$(IMAGE)") $(if $(QUESTION),--question "$(QUESTION)")
 
 test: $(VENV)/installed
 	$(BIN)/python -m flashsloth_ops env

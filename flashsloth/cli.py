@@ -41,7 +41,7 @@ def _fail(message: str) -> int:
 def _demo(options: argparse.Namespace) -> None:
     from flashsloth.demo import run_demo
 
-    run_demo(options.image, options.out, console=_console())
+    run_demo(options.image, options.question, options.out, console=_console())
 
 
 def _inspect(options: argparse.Namespace) -> None:
@@ -79,10 +79,9 @@ def _parser(command: str = "") -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="flashsloth", description="FlashSloth: a multimodal model that compresses.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    demo = commands.add_parser("demo", help="one photograph through full-size ops: times, differences, a picture")
-    demo.add_argument(
-        "--image", type=image_source, metavar="FILE", help="your own photograph; default: one of scikit-image"
-    )
+    demo = commands.add_parser("demo", help="full-size ops beside their peers, then questions to the model that ships")
+    demo.add_argument("--image", type=image_source, metavar="FILE", help="your own picture; default: a sketch")
+    demo.add_argument("--question", metavar="TEXT", help="on your own picture")
     out = Path("flashsloth-demo.png")
     demo.add_argument("--out", type=Path, default=out, metavar="FILE", help="default: %(default)s")
     demo.set_defaults(run=_demo)

@@ -25,11 +25,11 @@ VISION: dict[str, Any] = {
 }
 TEXT: dict[str, Any] = {
     "model_type": "qwen2",
-    "hidden_size": 160,
-    "intermediate_size": 432,
+    "hidden_size": 192,
+    "intermediate_size": 512,
     "num_hidden_layers": 6,
-    "num_attention_heads": 5,
-    "num_key_value_heads": 5,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 6,
     "max_position_embeddings": 1024,
     "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     "tie_word_embeddings": True,

@@ -19,6 +19,7 @@ KINDS = ("nothing", *SHAPES, *map(str, range(10)), "bar", "word", "small")
 INKS = ("nothing", *COLORS, "black")
 LETTERS = 27  # nothing, a to z
 PLACES = 6  # nothing, first to fifth letter
+SPELLED = 5  # letters that a word has at most
 COLUMNS = 3  # a letter of small print is narrower than a patch, so letters are told at three points across one
 GEOMETRY = 5  # centre of the thing from that of the patch (x, y), half its width and height, height of a bar
 
@@ -37,13 +38,15 @@ class View:
 
 @dataclass(frozen=True)
 class PatchLabels:
-    """kind, ink: int64 (rows, columns); letter, place: int64 (rows, columns, 3); geometry: float32 (rows, columns, 5),
-    in parts of the side of the view, and only of meaning where there is a thing."""
+    """kind, ink: int64 (rows, columns); letter, place: int64 (rows, columns, 3): which letter of a word is there;
+    spelling: int64 (rows, columns, 5), all letters of the word that is there; geometry: float32 (rows, columns, 5), in
+    parts of the side of the view, and only of meaning where there is a thing."""
 
     kind: np.ndarray
     ink: np.ndarray
     letter: np.ndarray
     place: np.ndarray
+    spelling: np.ndarray
     geometry: np.ndarray
 
 
@@ -61,6 +64,7 @@ def label_patches(scene: Scene, view: View, grid: int, patch: int, upright: bool
     across = (np.arange(COLUMNS) - COLUMNS // 2) * patch / COLUMNS / view.scale
     kind, ink = np.zeros((grid, grid), np.int64), np.zeros((grid, grid), np.int64)
     letter, place = np.zeros((grid, grid, COLUMNS), np.int64), np.zeros((grid, grid, COLUMNS), np.int64)
+    spelling = np.zeros((grid, grid, SPELLED), np.int64)
     geometry = np.zeros((grid, grid, GEOMETRY), np.float32)
     side = grid * patch / view.scale
     for thing in scene.things:
@@ -75,12 +79,13 @@ def label_patches(scene: Scene, view: View, grid: int, patch: int, upright: bool
             letter[found > 0] = code[found[found > 0] - 1]
             place[found > 0] = found[found > 0]
             there |= found.any(axis=-1)
+            spelling[there, : len(code)] = code
         kind[there] = KINDS.index(thing.name if thing.family in ("shape", "digit") else thing.family)
         ink[there] = INKS.index(thing.color)
         level = thing.source / 10 if thing.family == "bar" else 0.0
         geometry[there, 0], geometry[there, 1] = -dx[there] / side, -dy[there] / side
         geometry[there, 2:] = thing.half[0] / side, thing.half[1] / side, level
-    return PatchLabels(kind, ink, letter, place, geometry)
+    return PatchLabels(kind, ink, letter, place, spelling, geometry)
 
 
 def _letters(thing: Thing, dx: np.ndarray, dy: np.ndarray, turn: float) -> np.ndarray:

@@ -28,6 +28,7 @@ from flashsloth.data.sight.sample import Settings
 from flashsloth.nano.align import ALIGNMENT, align
 from flashsloth.nano.curves import draw_curves
 from flashsloth.nano.model import vision_config, write_start
+from flashsloth.nano.questions import more_records
 from flashsloth.nano.tower import TowerTraining, train_tower
 from flashsloth.prompt import IMAGE_TOKEN
 
@@ -60,6 +61,7 @@ def _data(out: Path, jobs: int) -> None:
     for name, chosen in (
         ("reading", [_only(record, READING) for record in records if {*READING} & {*record["kinds"]}]),
         ("small-print", [record for record in records if "small-print" in record["kinds"]]),
+        ("more", list(more_records(records, Settings(), jobs))),
     ):
         (out / "data" / f"{name}.json").write_text(json.dumps(chosen))
 
@@ -81,7 +83,7 @@ def _start(out: Path, jobs: int) -> None:
 
 def _tower(out: Path, jobs: int) -> None:
     if not (out / "tower" / "model.safetensors").is_file():
-        train_tower(vision_config(), out / "tower", TowerTraining(), device=_device())
+        train_tower(vision_config(), out / "tower", TowerTraining(), device=_device(), fast=_multiplies_bf16())
 
 
 def _align(out: Path, jobs: int) -> None:
@@ -95,7 +97,8 @@ def _stage(out: Path, jobs: int, name: str) -> None:
 
     if (out / name / "model.safetensors").is_file():
         return
-    command.run(read_config(copy_configuration(out, name)), resume=True)
+    fast = ("arguments.bf16=true", "compile=true") if _multiplies_bf16() else ()
+    command.run(read_config(copy_configuration(out, name), fast), resume=True)
 
 
 def copy_configuration(out: Path, name: str) -> Path:
@@ -115,6 +118,11 @@ def write_weights(out: Path, jobs: int) -> None:
 
 def _device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _multiplies_bf16() -> bool:
+    """Elsewhere bf16 is slower than fp32."""
+    return torch.cuda.is_available() or torch.cpu._is_amx_tile_supported()
 
 
 STEPS: tuple[tuple[str, Callable[[Path, int], object]], ...] = (

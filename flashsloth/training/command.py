@@ -15,12 +15,12 @@ from flashsloth.training import checkpoints
 from flashsloth.training.config import TrainConfig, read_config, training_arguments
 from flashsloth.training.lora import add_lora
 from flashsloth.training.mixture import Mixture
-from flashsloth.training.stages import load_model, load_processor, row_length, set_trained
+from flashsloth.training.stages import compile_layers, load_model, load_processor, row_length, set_trained
 from flashsloth.training.trainer import FlashSlothTrainer
 
 BROKEN = "broken.jsonl"
 # What may differ between a run and the one that resumes it: where and how, not what.
-_FREE = ("model", "tower", "data", "out", "micro_batch", "max_broken")
+_FREE = ("model", "tower", "data", "out", "micro_batch", "max_broken", "compiled")
 _FREE_ARGUMENTS = (
     "logging_", "log_", "save_", "report_to", "run_name", "disable_tqdm", "dataloader_", "ddp_", "use_cpu",
     "skip_memory_metrics", "max_steps", "num_train_epochs", "fsdp_config", "deepspeed", "gradient_checkpointing",
@@ -78,6 +78,8 @@ def run(config: TrainConfig, *, resume: bool = False) -> FlashSlothTrainer:
     set_trained(model, config.train)
     if config.lora is not None:
         add_lora(model, config.lora, config.seed)
+    if config.compiled:
+        compile_layers(model)
     data = Mixture(config, processor, row_length(config.max_length, model.config))
     rank = arguments.process_index
     broken = BrokenLog(config.out / (BROKEN if rank == 0 else f"broken-{rank}.jsonl"), limit=config.max_broken)

@@ -152,6 +152,21 @@ def set_trained(model: FlashSlothForConditionalGeneration, parts: Iterable[str])
     model.config.freeze_vision_tower = "tower" not in chosen
 
 
+def compile_layers(model: FlashSlothForConditionalGeneration) -> None:
+    """Compile each layer of the decoder, one graph for all of them and for any number of tokens, and the tower whole.
+
+    What lies between the layers, the embedded queries for one, runs as it is. Weights and their names stay.
+    """
+    tower: Any = model.vision_tower
+    # A compiled softmax beats the products of SDPA on a processor; on a GPU SDPA is FlashAttention.
+    if not torch.cuda.is_available():
+        tower.set_attn_implementation("eager")
+    tower.forward = torch.compile(tower.forward, dynamic=False)
+    decoder: Any = model.get_decoder()
+    for layer in decoder.layers:
+        layer.forward = torch.compile(layer.forward, dynamic=True)
+
+
 def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:
     """Part -> (all parameters, those that are trained); shared ones count once, where they come first."""
     counts, seen = {}, set()

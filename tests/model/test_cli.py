@@ -23,7 +23,9 @@ from flashsloth.chat_command import printable
 from flashsloth.checkpoint import official_name
 from flashsloth.cli import main
 from flashsloth.comparison import FUSED, OFFICIAL, PLAIN
-from flashsloth.demo import WARNING, Demo, run_demo
+from flashsloth.data.sight import load_sources, make_sample
+from flashsloth.data.sight.sample import Settings
+from flashsloth.demo import ASKED, FULL_SIZE, SKETCH_QUESTION, Demo, run_demo
 from flashsloth.inspection import inspect_checkpoint
 from flashsloth.modeling import FlashSlothForConditionalGeneration
 from tests.model.test_loading import full_size_names
@@ -52,14 +54,15 @@ def photograph(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ---- demo ----
 
 
+SMALL_DEMO: dict[str, Any] = {"config": tiny.tiny_config(), "sparse_size": sparse_prefill.SMALL, "budget": 0.01}
+
+
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Demo, str]:
+def demo(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Demo, str]:
     out = tmp_path_factory.mktemp("demo") / "picture.png"
-    console = Console(file=io.StringIO(), width=120)
+    console = Console(file=io.StringIO(), width=200)
     with threads(1):
-        found = run_demo(
-            None, out, console=console, config=tiny.tiny_config(), sparse_size=sparse_prefill.SMALL, budget=0.05
-        )
+        found = run_demo(None, None, out, console=console, model=checkpoint, **SMALL_DEMO)
     assert isinstance(console.file, io.StringIO)
     return found, console.file.getvalue()
 
@@ -79,12 +82,23 @@ def test_demo_measures_each_op_on_three_paths_that_agree(demo: tuple[Demo, str])
         assert all(seconds > 0 for seconds in times.values())
 
 
-def test_demo_says_that_weights_are_random(demo: tuple[Demo, str]) -> None:
+def test_demo_asks_on_a_test_picture_and_on_another(demo: tuple[Demo, str]) -> None:
     found, shown = demo
     flat = " ".join(shown.split())
-    assert WARNING in flat
+    assert FULL_SIZE in flat
+    assert ASKED in flat
     assert "36 vision tokens -> 4 visual tokens (-89%)" in flat
-    assert f"{found.answer} (random weights: it means nothing)" in flat
+    *tested, own = found.answers
+    assert len({one.question for one in tested}) == 3
+    assert len({one.picture for one in tested}) == 1
+    index = int(tested[0].picture.removeprefix("test "))
+    sample = make_sample(Settings(), "test", index, load_sources())
+    asked = {question.text: question.answer for question in sample.questions}
+    for one in tested:
+        assert asked[one.question] == one.expected
+        assert one.question in flat
+    assert flat.count(" wrong ") + flat.count(" right ") >= 3
+    assert (own.question, own.expected) == (SKETCH_QUESTION, None)
     assert str(found.picture) in shown.replace("\n", "")
 
 
@@ -100,31 +114,30 @@ def test_demo_writes_a_picture(demo: tuple[Demo, str]) -> None:
         assert (saturation[:, panel * third : (panel + 1) * third] > 60).mean() > 0.1
 
 
-def test_demo_of_an_image_of_ones_own(photograph: Path, tmp_path: Path) -> None:
+def test_demo_of_an_image_of_ones_own(checkpoint: Path, photograph: Path, tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=120)
     with threads(1):
         found = run_demo(
-            photograph,
-            tmp_path / "own.jpg",
-            console=console,
-            config=tiny.tiny_config(),
-            sparse_size=sparse_prefill.SMALL,
-            budget=0.01,
+            photograph, "What is it?", tmp_path / "own.jpg", console=console, model=checkpoint, **SMALL_DEMO
         )
+    assert found.answers[-1][:2] == (str(photograph), "What is it?")
     with Image.open(found.picture) as picture:
         assert picture.format == "JPEG"
 
 
 def test_demo_reaches_the_command_line(
-    photograph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path,
+    photograph: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    small = {"config": tiny.tiny_config(), "sparse_size": sparse_prefill.SMALL, "budget": 0.01}
-    monkeypatch.setattr("flashsloth.demo.run_demo", partial(run_demo, **small))
+    monkeypatch.setattr("flashsloth.demo.run_demo", partial(run_demo, model=checkpoint, **SMALL_DEMO))
     out = tmp_path / "picture.png"
     with threads(1):
-        assert main(["demo", "--image", str(photograph), "--out", str(out)]) == 0
+        assert main(["demo", "--image", str(photograph), "--question", "What is it?", "--out", str(out)]) == 0
     assert out.is_file()
-    assert "random weights: it means nothing" in capsys.readouterr().out
+    assert "What is it?" in capsys.readouterr().out
 
 
 def test_full_size_demo_has_the_released_widths() -> None:
@@ -335,7 +348,8 @@ def _wrong(checkpoint: Path, photo: Path, scratch: Path) -> dict[str, tuple[list
         "inspect empty": (["inspect", str(empty)], "expected a checkpoint with config.json"),
         "inspect another": (["inspect", str(other)], "expected model_type 'flashsloth' in config.json, got 'bert'"),
         "inspect cut off": (["inspect", str(torn)], "expected a complete safetensors file"),
-        "demo of no image": (["demo", "--image", str(text)], "cannot identify image file"),
+        "demo of no image": (["demo", "--image", str(text), "--question", "?"], "cannot identify image file"),
+        "demo without a question": (["demo", "--image", str(photo)], "--question: expected a question on the picture"),
         "demo to nowhere": (["demo", "--out", str(scratch / "no" / "x.png")], "existing directory"),
         "demo to a folder": (["demo", "--out", str(_folder(scratch / "x.png"))], "expected a file, got the directory"),
         "demo as text": (["demo", "--out", str(scratch / "x.txt")], "expected a file ending in .png"),

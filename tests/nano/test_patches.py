@@ -31,6 +31,7 @@ def test_shape_in_the_whole_and_in_a_quarter() -> None:
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (4, 5, 11, 13)
     offset = labels.geometry[4, 11]  # this patch's centre is at 69, 27, the star's at 75, 30, of 108
     assert offset == pytest.approx([6 / 108, 3 / 108, 10 / 108, 10 / 108, 0])
+    assert not labels.spelling.any()
     assert not label_patches(scene, quarters[0], 18, 6, upright=True).kind.any()
     near = label_patches(scene, quarters[1], 18, 6, upright=True)
     assert near.kind.any()
@@ -44,6 +45,9 @@ def test_letters_are_where_their_ink_is() -> None:
     middle = labels.letter[9].flatten()
     spelt = [chr(96 + code) for code in middle[middle > 0]]
     assert "".join(dict.fromkeys(spelt)) == "owl"
+    spelt_everywhere = labels.spelling[labels.kind > 0]
+    assert {tuple(codes) for codes in spelt_everywhere.tolist()} == {(15, 23, 12, 0, 0)}  # o, w, l
+    assert not labels.spelling[labels.kind == 0].any()
     places = labels.place[9].flatten()
     assert np.array_equal(places[places > 0], np.sort(places[places > 0]))
     image, _ = paint(Scene("words", 216, (word,)), Dice(5), "train", load_sources())

@@ -14,7 +14,7 @@ pytest.importorskip("accelerate")
 
 from flashsloth import FlashSlothForConditionalGeneration
 from flashsloth.processing import FlashSlothProcessor
-from tests.training.cases import curve, prepare, train, weights
+from tests.training.cases import STEADY, curve, prepare, train, weights
 
 LONG = {"max_steps": 8}
 
@@ -65,3 +65,15 @@ def test_resuming_continues_the_same_curve(folder: Path, whole: Any, step: int) 
     assert resumed.resumed_at == step
     trained = weights(whole.model)
     assert all(torch.equal(trained[name], tensor) for name, tensor in weights(resumed.model).items())
+
+
+def test_compiled_layers_change_nothing_but_rounding(tmp_path: Path) -> None:
+    prepare(tmp_path, pool_dropout=0.0, text=STEADY)
+    plain, compiled = (
+        curve(train(tmp_path, out=f"out-{on}", compile=on, arguments={"max_steps": 2, "save_steps": 2}))
+        for on in (False, True)
+    )
+    assert [step for step, *_ in compiled] == [1, 2]
+    for (_, loss, norm, _), (_, expected, expected_norm, _) in zip(compiled, plain, strict=True):
+        assert loss == pytest.approx(expected, rel=1e-4)
+        assert norm == pytest.approx(expected_norm, rel=1e-3)

@@ -103,9 +103,14 @@ class Sample:
         return hashlib.sha256(self.image.tobytes() + text.encode()).digest()
 
 
+def sample_key(settings: Settings, split: str, index: int) -> tuple[object, ...]:
+    """What the random streams of a picture are named by; a word behind it says which: scene, paint, caption."""
+    return ("sight", VERSION, settings.sort_of_clevr, settings.seed, split, index)
+
+
 def make_sample(settings: Settings, split: str, index: int, sources: Sources | None) -> Sample:
     """The picture ``index`` of a split. ``sources`` may be None for Sort-of-CLEVR."""
-    name = ("sight", VERSION, settings.sort_of_clevr, settings.seed, split, index)
+    name = sample_key(settings, split, index)
     dice = Dice(*name, "scene")
     if settings.sort_of_clevr:
         scene = compose_sort_of_clevr(dice, split)
