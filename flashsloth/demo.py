@@ -34,7 +34,7 @@ ASKED = "What the model that ships answers, flashsloth-nano. Its world is shapes
 SAME_IMAGE = "another on the same image: kept with, encoded again without"
 _TURNS = ("What is in the picture?", "I cannot say.", "What is in the background?")  # of what is timed
 SKETCH_QUESTION = "Is the blue circle left or right of the red square?"
-KINDS = 3  # of questions on the picture of the test split
+KINDS = ("word", "digit", "relation")  # of questions on the picture of the test split
 
 
 class Answered(NamedTuple):
@@ -149,7 +149,9 @@ class _Run:
         self.step("asking")
         self.say(ASKED, "bold")
         sample = self.sample
-        asked = [(sample.image, f"test {sample.index}", one.text, one.answer) for one in _three(sample)]
+        of_kind = {one.kind: one for one in sample.questions}
+        three = [of_kind[kind] for kind in KINDS]
+        asked = [(sample.image, f"test {sample.index}", one.text, one.answer) for one in three]
         answers = []
         for image, of, text, expected in [*asked, (own, name, question, None)]:
             talk = Conversation(loaded.model, loaded.processor)
@@ -176,18 +178,13 @@ class _Run:
 
 
 def _test_picture() -> Sample:
-    """The first of the test split that has a word, a digit and shapes, and three questions on them."""
+    """The first of the test split that has a word, a digit and shapes, with a question of each kind."""
     sources, index = load_sources(), 0
     while True:
         sample = make_sample(Settings(), "test", index, sources)
-        if sample.scene.kind == "mixed" and len(_three(sample)) == KINDS:
+        if sample.scene.kind == "mixed" and {*KINDS} <= {one.kind for one in sample.questions}:
             return sample
         index += 1
-
-
-def _three(sample: Sample) -> list[Any]:
-    """The first questions of three kinds."""
-    return list({one.kind: one for one in reversed(sample.questions)}.values())[::-1][:KINDS]
 
 
 def _sketch() -> Image.Image:

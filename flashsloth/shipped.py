@@ -18,6 +18,6 @@ def shipped_model() -> Path:
     if missing:
         raise FileNotFoundError(
             f"--model: expected a directory with a checkpoint, as no trained weights ship with this copy of flashsloth "
-            f"({', '.join(missing)} not in {WEIGHTS}); `flashsloth demo` runs on random ones"
+            f"({', '.join(missing)} not in {WEIGHTS})"
         )
     return WEIGHTS

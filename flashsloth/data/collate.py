@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from flashsloth.data.broken import BatchReport, Skipped
@@ -41,6 +42,8 @@ class Collator:
         packed: add ``token_rows`` int64 ``(T,)``, the places of the tokens in the flattened ``input_ids``, and
             ``cu_seqlens`` int32 ``(B + 1,)``, where the rows begin among them. For
             ``attn_implementation="flashsloth"``.
+        packed_multiple: round T up, by tokens of padding behind rows as far as there are any: they change no result,
+            and a number of tokens that comes again needs no new kernels from libraries that make them by shape.
     """
 
     def __init__(
@@ -51,11 +54,13 @@ class Collator:
         always_image: bool = False,
         pad_to_multiple_of: int | None = None,
         packed: bool = False,
+        packed_multiple: int = 1,
     ) -> None:
         if blank.pixel_values is None:
             raise ValueError("blank: expected a row with an image, got one without")
         self.pad_token_id, self.blank = pad_token_id, blank
-        self.always_image, self.pad_to_multiple_of, self.packed = always_image, pad_to_multiple_of, packed
+        self.always_image, self.pad_to_multiple_of = always_image, pad_to_multiple_of
+        self.packed, self.packed_multiple = packed, packed_multiple
 
     @classmethod
     def of(cls, dataset: LlavaDataset, **options: Any) -> Collator:
@@ -80,13 +85,26 @@ class Collator:
         if images:
             batch["pixel_values"] = torch.from_numpy(np.stack(images))
         if self.packed:
-            mask = batch["attention_mask"]
+            mask = _rounded(batch["attention_mask"], self.packed_multiple)
             batch["token_rows"] = mask.flatten().nonzero().flatten()
             batch["cu_seqlens"] = torch.nn.functional.pad(mask.sum(1).cumsum(0), (1, 0)).to(torch.int32)
         tokens = sum(len(sample.row.ids) for sample in samples[:used])
         cut = sum(sample.cut > 0 for sample in samples)
         batch[REPORT] = BatchReport(len(items), skipped, cut, tokens, batch["input_ids"].numel() - tokens)
         return batch
+
+
+def _rounded(mask: Tensor, multiple: int) -> Tensor:
+    """``mask`` ``(B, L)`` of rows padded on the right, and as much of their padding as makes its sum a multiple."""
+    flat = mask.flatten().bool()
+    missing = -int(flat.sum()) % multiple
+    if not missing:
+        return mask
+    # Of all rows the first place of padding, then the second: what is taken of a row always follows its tokens.
+    behind = torch.where(mask.bool(), mask.shape[1], (1 - mask).cumsum(1)).flatten()
+    chosen = behind.argsort(stable=True)[:missing]
+    flat[chosen] = True
+    return flat.view_as(mask).to(mask.dtype)
 
 
 def take_report(batch: dict[str, Any]) -> BatchReport | None:

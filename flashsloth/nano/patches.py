@@ -21,7 +21,8 @@ LETTERS = 27  # nothing, a to z
 PLACES = 6  # nothing, first to fifth letter
 SPELLED = 5  # letters that a word has at most
 COLUMNS = 3  # a letter of small print is narrower than a patch, so letters are told at three points across one
-GEOMETRY = 5  # centre of the thing from that of the patch (x, y), half its width and height, height of a bar
+# Centre of the thing from that of the patch (x, y), half its width and height, height of a bar, centre within the view.
+GEOMETRY = 7
 
 _INSIDE = 0.75  # of a shape's radius: within a square almost wholly, within a star or a triangle mostly
 _FINE = 4  # small print is drawn this much larger and reduced
@@ -39,7 +40,7 @@ class View:
 @dataclass(frozen=True)
 class PatchLabels:
     """kind, ink: int64 (rows, columns); letter, place: int64 (rows, columns, 3): which letter of a word is there;
-    spelling: int64 (rows, columns, 5), all letters of the word that is there; geometry: float32 (rows, columns, 5), in
+    spelling: int64 (rows, columns, 5), all letters of the word that is there; geometry: float32 (rows, columns, 7), in
     parts of the side of the view, and only of meaning where there is a thing."""
 
     kind: np.ndarray
@@ -84,7 +85,8 @@ def label_patches(scene: Scene, view: View, grid: int, patch: int, upright: bool
         ink[there] = INKS.index(thing.color)
         level = thing.source / 10 if thing.family == "bar" else 0.0
         geometry[there, 0], geometry[there, 1] = -dx[there] / side, -dy[there] / side
-        geometry[there, 2:] = thing.half[0] / side, thing.half[1] / side, level
+        geometry[there, 2:5] = thing.half[0] / side, thing.half[1] / side, level
+        geometry[there, 5:] = (thing.x - view.left) / side, (thing.y - view.top) / side
     return PatchLabels(kind, ink, letter, place, spelling, geometry)
 
 

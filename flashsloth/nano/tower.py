@@ -50,7 +50,7 @@ class TowerTraining:
     ``decay`` of them. Matrices of the layers are trained by Muon, all else by AdamW. Whole words are asked for from
     step ``spelling_from`` on, when letters are beginning to be told apart."""
 
-    steps: int = 4500
+    steps: int = 5000
     batch: int = 16
     learning_rate: float = 3e-3
     muon_learning_rate: float = 0.02

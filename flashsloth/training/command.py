@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers.utils import logging
 
 from flashsloth.data.broken import BrokenLog, TooManyBroken
@@ -64,6 +65,8 @@ def run(config: TrainConfig, *, resume: bool = False) -> FlashSlothTrainer:
         ValueError, TypeError, OSError: something given cannot be used; TooManyBroken: too many records cannot.
     """
     import accelerate  # noqa: F401  transformers would name it in a paragraph
+
+    torch.set_flush_denormal(True)  # before threads are made, which take it over; in a softmax they are many, and slow
 
     if not resume and (checkpoints.any_checkpoint(config.out) or (config.out / "config.json").exists()):
         raise ValueError(

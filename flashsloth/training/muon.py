@@ -1,7 +1,7 @@
 """Muon (Jordan et al., 2024) for the matrices of layers, AdamW for all else, as one optimizer.
 
 ``torch.optim.Muon`` orthogonalises in bf16, matrix by matrix, which takes longer than the rest of a step on a processor
-without bf16; here it is fp32, and all matrices of a shape at once.
+without bf16; here it is fp32 unless bf16 is asked for, and all matrices of a shape at once.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class Muon(torch.optim.Optimizer):
         others: parameter groups of AdamW, with their own settings or those that follow; matrices among them are left
             out.
         muon_lr: of the matrices; ``weight_decay`` is that of all.
+        bf16: orthogonalise in bf16, where that is fast.
 
     Raises:
         ValueError: a matrix that is none.
@@ -51,7 +52,9 @@ class Muon(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        bf16: bool = False,
     ) -> None:
+        self._dtype = torch.bfloat16 if bf16 else torch.float32
         matrices = list(matrices)
         for one in matrices:
             if one.dim() != 2:
@@ -103,7 +106,7 @@ class Muon(torch.optim.Optimizer):
                 state["momentum"].lerp_(gradient, 1 - _MOMENTUM)
                 updates.append(gradient.lerp(state["momentum"], _MOMENTUM))
             scale = group["lr"] * max(1.0, shape[0] / shape[1]) ** 0.5
-            for parameter, update in zip(parameters, orthogonal(torch.stack(updates).float()), strict=True):
+            for parameter, update in zip(parameters, orthogonal(torch.stack(updates).to(self._dtype)), strict=True):
                 parameter.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update.to(parameter.dtype), alpha=scale)
 
 

@@ -293,6 +293,26 @@ def test_lengths_in_multiples(dataset: LlavaDataset) -> None:
     assert Collator.of(dataset, pad_to_multiple_of=64)([dataset[0]])["input_ids"].shape[1] % 64 == 0
 
 
+def test_packed_tokens_are_rounded_up_by_padding_behind_rows(dataset: LlavaDataset, model: Any) -> None:
+    items = [dataset[i] for i in range(4)]
+    plain, packed = (
+        Collator.of(dataset, packed=True)(items),
+        Collator.of(dataset, packed=True, packed_multiple=8)(items),
+    )
+    before, rounded = len(plain["token_rows"]), len(packed["token_rows"])
+    assert rounded == -(-before // 8) * 8 > before
+    assert packed["report"] == plain["report"]
+    kept = torch.zeros_like(packed["attention_mask"]).flatten()
+    kept[packed["token_rows"]] = 1
+    kept = kept.view_as(packed["attention_mask"])
+    assert torch.equal(kept, kept.cummin(1).values)  # of each row, from its first place on
+    assert (kept >= packed["attention_mask"]).all()
+    assert packed["cu_seqlens"].tolist() == [0, *kept.sum(1).cumsum(0).tolist()]
+    assert torch.allclose(loss_sum(model, packed), loss_sum(model, plain), rtol=1e-6)
+    full = Collator.of(dataset, packed=True, packed_multiple=10**6)(items)  # no more than there is
+    assert len(full["token_rows"]) == full["input_ids"].numel()
+
+
 def test_a_packed_batch_learns_the_same_without_padding(dataset: LlavaDataset, model: Any) -> None:
     items = [dataset[i] for i in (6, 4, 1)]
     plain, packed = Collator.of(dataset)(items), Collator.of(dataset, packed=True)(items)

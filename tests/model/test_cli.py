@@ -110,8 +110,9 @@ def test_demo_writes_a_picture(demo: tuple[Demo, str]) -> None:
     assert [*path.parent.iterdir()] == [path]  # nothing half written beside it
     saturation = pixels.max(-1) - pixels.min(-1)
     third = pixels.shape[1] // 3
-    for panel in range(3):  # the photograph, the pooling weights, the queries: all three in colour
-        assert (saturation[:, panel * third : (panel + 1) * third] > 60).mean() > 0.1
+    # The picture, the pooling weights, the queries: all three in colour, the first as far as its things go.
+    for panel, least in enumerate((0.005, 0.1, 0.1)):
+        assert (saturation[:, panel * third : (panel + 1) * third] > 60).mean() > least
 
 
 def test_demo_of_an_image_of_ones_own(checkpoint: Path, photograph: Path, tmp_path: Path) -> None:

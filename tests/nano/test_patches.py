@@ -30,7 +30,7 @@ def test_shape_in_the_whole_and_in_a_quarter() -> None:
     assert set(labels.ink[rows, columns]) == {INKS.index("red")}
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (4, 5, 11, 13)
     offset = labels.geometry[4, 11]  # this patch's centre is at 69, 27, the star's at 75, 30, of 108
-    assert offset == pytest.approx([6 / 108, 3 / 108, 10 / 108, 10 / 108, 0])
+    assert offset == pytest.approx([6 / 108, 3 / 108, 10 / 108, 10 / 108, 0, 75 / 108, 30 / 108])
     assert not labels.spelling.any()
     assert not label_patches(scene, quarters[0], 18, 6, upright=True).kind.any()
     near = label_patches(scene, quarters[1], 18, 6, upright=True)

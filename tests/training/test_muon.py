@@ -26,6 +26,17 @@ def test_updates_are_orthogonal() -> None:
         Muon([nn.Parameter(torch.zeros(3))], [])
 
 
+def test_updates_in_bf16_are_those_of_fp32_but_for_rounding() -> None:
+    torch.manual_seed(0)
+    matrices = [nn.Parameter(torch.zeros(24, 8)) for _ in range(2)]
+    for matrix, gradient in zip(matrices, torch.randn(24, 8).expand(2, -1, -1), strict=True):
+        matrix.grad = gradient.clone()
+    for matrix, bf16 in zip(matrices, (False, True), strict=True):
+        Muon([matrix], [], muon_lr=1.0, bf16=bf16).step()
+    torch.testing.assert_close(matrices[1], matrices[0], rtol=0.05, atol=0.02)
+    assert not torch.equal(matrices[1], matrices[0])
+
+
 def test_a_matrix_is_found() -> None:
     torch.manual_seed(0)
     wanted, found = torch.randn(6, 4), nn.Parameter(torch.zeros(6, 4))
