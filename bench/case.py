@@ -146,6 +146,7 @@ class Case:
         differentiable: inputs (names) whose gradients are taken; ``params.up_weight`` is a field of a named tuple.
         compared: the part of the outputs that is defined, for the check; None for all of it.
         kept_unit: elements of the tensor that ``kept`` goals compare with, for a size.
+        stored: the relative error from rounding what ours store on the way and the plain provider does not.
     """
 
     name: str
@@ -165,6 +166,7 @@ class Case:
     differentiable: tuple[str, ...] = ()
     compared: Callable[[Outputs, Inputs], Outputs] | None = None
     kept_unit: Callable[[Size], int] | None = None
+    stored: float = 0.0
 
     @property
     def ops(self) -> tuple[str, ...]:

@@ -32,8 +32,9 @@ def run_checks(case: Case, inputs: Inputs, device: str, dtype: torch.dtype, size
     """Verdicts on all providers of a case, each over all of its outputs (and gradients, in that mode).
 
     Ours must keep the project's error rule: against fp64 at most twice the error of the plain provider, plus two
-    units in the last place of the largest value. Peers are held to :data:`PEER_TOLERANCE`; a ratio against a peer that
-    computes something else would mean nothing. One of ours that raises has failed; a peer that raises is missing.
+    units in the last place of the largest value, plus what a case states for values stored on the way. Peers are held
+    to :data:`PEER_TOLERANCE`; a ratio against a peer that computes something else would mean nothing. One of ours that
+    raises has failed; a peer that raises is missing.
     """
     exact = _outputs(case, Provider("exact", case.exact), widened(inputs), inputs)
     plain = _outputs(case, case.provider(case.plain), inputs, inputs)
@@ -63,13 +64,14 @@ def _verdict(case: Case, provider: Provider, inputs: Inputs, exact: Outputs, pla
     if not outputs:
         return Verdict(None, None, "gave no output")
     found = [
-        verdict(name, value, exact[name], plain[name] if provider.ours else None) for name, value in outputs.items()
+        verdict(name, value, exact[name], plain[name] if provider.ours else None, case.stored)
+        for name, value in outputs.items()
     ]
     failed = [one for one in found if one.failure]
     return failed[0] if failed else max(found, key=lambda one: (one.max_error or 0) / max(one.allowed or 0, 1e-300))
 
 
-def verdict(name: str, value: Tensor, exact: Tensor, plain: Tensor | None) -> Verdict:
+def verdict(name: str, value: Tensor, exact: Tensor, plain: Tensor | None, stored: float = 0.0) -> Verdict:
     """Compare one output with fp64: by the error rule where ``plain`` is given, else by the tolerance of peers."""
     if value.shape != exact.shape:
         return Verdict(None, None, f"{name}: expected shape {tuple(exact.shape)}, got {tuple(value.shape)}")
@@ -80,7 +82,7 @@ def verdict(name: str, value: Tensor, exact: Tensor, plain: Tensor | None) -> Ve
     if plain is None:
         allowed = PEER_TOLERANCE[value.dtype] * largest
     else:
-        allowed = 2 * (plain.double() - exact).abs().max().item() + 4 * EPS[value.dtype] * largest
+        allowed = 2 * (plain.double() - exact).abs().max().item() + (4 * EPS[value.dtype] + stored) * largest
     good = error <= allowed  # false for a NaN
     failure = None if good else f"{name}: error {error:.3g}, allowed {allowed:.3g}"
     return Verdict(error if error == error else None, allowed, failure)

@@ -46,7 +46,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(options: argparse.Namespace) -> None:
     out: Path = options.out
-    torch.set_flush_denormal(True)  # before threads are made, which take it over
     for name, step in STEPS:
         print(f"== {name}", flush=True)
         step(out, options.jobs)

@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers.utils import logging
 
 from flashsloth.data.broken import BrokenLog, TooManyBroken
@@ -21,7 +20,7 @@ from flashsloth.training.trainer import FlashSlothTrainer
 
 BROKEN = "broken.jsonl"
 # What may differ between a run and the one that resumes it: where and how, not what.
-_FREE = ("model", "tower", "data", "out", "micro_batch", "max_broken", "compiled")
+_FREE = ("model", "tower", "data", "out", "micro_batch", "max_broken", "compile")
 _FREE_ARGUMENTS = (
     "logging_", "log_", "save_", "report_to", "run_name", "disable_tqdm", "dataloader_", "ddp_", "use_cpu",
     "skip_memory_metrics", "max_steps", "num_train_epochs", "fsdp_config", "deepspeed", "gradient_checkpointing",
@@ -66,8 +65,6 @@ def run(config: TrainConfig, *, resume: bool = False) -> FlashSlothTrainer:
     """
     import accelerate  # noqa: F401  transformers would name it in a paragraph
 
-    torch.set_flush_denormal(True)  # before threads are made, which take it over; in a softmax they are many, and slow
-
     if not resume and (checkpoints.any_checkpoint(config.out) or (config.out / "config.json").exists()):
         raise ValueError(
             f"out: expected a directory without a run, got {config.out}; --resume goes on with the run that is there"
@@ -81,7 +78,7 @@ def run(config: TrainConfig, *, resume: bool = False) -> FlashSlothTrainer:
     set_trained(model, config.train)
     if config.lora is not None:
         add_lora(model, config.lora, config.seed)
-    if config.compiled:
+    if config.compile:
         compile_layers(model)
     data = Mixture(config, processor, row_length(config.max_length, model.config))
     rank = arguments.process_index

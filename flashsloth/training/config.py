@@ -100,7 +100,7 @@ class TrainConfig:
         max_broken: the part of the records that may be unusable, 0 to 1.
         muon: learning rate of Muon for the matrices of layers; None trains them by AdamW, like all else.
         dtype: of the weights in memory; ``arguments: {bf16: true}`` computes in bfloat16 whatever this is.
-        compiled: whether layers of tower and decoder run compiled; ``compile`` in the file.
+        compile: whether layers of tower and decoder run compiled.
         arguments: of transformers' TrainingArguments, those of the stage under those of the file.
     """
 
@@ -118,7 +118,7 @@ class TrainConfig:
     max_broken: float = 0.01
     muon: float | None = None
     dtype: str = "float32"
-    compiled: bool = False
+    compile: bool = False
     arguments: Mapping[str, Any] | None = None
 
     def as_dict(self) -> dict[str, Any]:
@@ -171,7 +171,7 @@ def parse_config(read: Mapping[str, Any], folder: Path) -> TrainConfig:
         max_broken=keys.number("max_broken", float, 0.01, low=0, high=1),
         muon=keys.number("muon", float, None),
         dtype=keys.choice("dtype", DTYPES, "float32"),
-        compiled=keys.take("compile", (bool,), False),
+        compile=keys.take("compile", (bool,), False),
         arguments=dict(defaults.arguments) | _arguments(keys.take("arguments", (dict,), {}), folder),
     )
     keys.done()

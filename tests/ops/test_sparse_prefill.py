@@ -26,6 +26,7 @@ from tests.support import (
     BACKENDS,
     CUDA,
     DTYPES,
+    EPS,
     INTERPRETER,
     PLACES,
     TRITON,
@@ -123,10 +124,13 @@ def test_error_rule(
         plain, plain_grads = gradients(run, inputs)
         exact, exact_grads = gradients(run, [t.double() for t in inputs])
     assert [t.dtype for t in fused] == [dtype, torch.float32, torch.float32]
+    # exp(score - lse) of an lse that was stored, and rounded, in fp32: half a unit in its last place is relative there.
+    lse = exact[1][exact[1] > -1e3]
+    stored = EPS[torch.float32] * lse.abs().max().item()
     for name, f, p, e in zip(("out", "lse", "importance"), fused, plain, exact, strict=True):
-        assert_error_rule(f, p, e, f.dtype, name)
+        assert_error_rule(f, p, e, f.dtype, name, stored if name == "importance" else 0.0)
     for name, f, p, e in zip(("dq", "dk", "dv"), fused_grads, plain_grads, exact_grads, strict=True):
-        assert_error_rule(f, p, e, dtype, name)
+        assert_error_rule(f, p, e, dtype, name, stored)
 
 
 SHAPES: dict[str, Any] = {

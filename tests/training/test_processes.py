@@ -94,18 +94,23 @@ def single(folder: Path) -> Any:
     return train(folder, out="single", batch=8, micro_batch=4, arguments={"max_steps": 5})
 
 
-def test_the_same_curve_as_one(folder: Path, single: Any) -> None:
+@pytest.fixture(scope="module")
+def two(folder: Path) -> Path:
     """Eight rows a step: 2 x 4 of one process, 2 x 2 x 2 of two; every fifth row has no image."""
     run_two(folder, out="two", batch=8, micro_batch=2, arguments={"max_steps": 5})
+    return folder / "two"
+
+
+def test_the_same_curve_as_one(folder: Path, single: Any, two: Path) -> None:
     close(logged(folder, "two"), [one[:3] for one in curve(single)])
     assert apart(folder / "single", folder / "two") < 1e-5
-    last = complete_checkpoints(folder / "two")[-1]
+    last = complete_checkpoints(two)[-1]
     assert {"rng_state_0.pth", "rng_state_1.pth", "data_0.json", "data_1.json"} <= {one.name for one in last.iterdir()}
 
 
-def test_one_goes_on_where_two_stopped(folder: Path, single: Any) -> None:
+def test_one_goes_on_where_two_stopped(folder: Path, single: Any, two: Path) -> None:
     """Counts of both are taken over, and the order is the same."""
-    shutil.copytree(folder / "two" / "checkpoint-4", folder / "fewer" / "checkpoint-4")
+    shutil.copytree(two / "checkpoint-4", folder / "fewer" / "checkpoint-4")
     fewer = train(folder, out="fewer", resume=True, batch=8, micro_batch=4, arguments={"max_steps": 5})
     assert fewer.resumed_at == 4
     close([one[:3] for one in curve(fewer)], [one[:3] for one in curve(single)])
