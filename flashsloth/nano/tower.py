@@ -133,7 +133,7 @@ class PatchReader(nn.Module):
         self.heads = nn.ModuleDict({name: nn.Linear(config.hidden_size, widths[name]) for name in _LOSSES})
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
-        """Logits of shape (B, patches, classes), and geometry (B, patches, 5)."""
+        """Logits of shape (B, patches, classes), and geometry (B, patches, 7)."""
         features = self.tower(pixels).last_hidden_state
         features = F.layer_norm(features, features.shape[-1:])
         return {name: head(features) for name, head in self.heads.items()}
@@ -196,7 +196,7 @@ def train_tower(
     model.to(device)
     stepper = optimizer(model, training)
     bases = [group["lr"] for group in stepper.param_groups]
-    if fast:
+    if fast and device == "cpu":
         model.tower.set_attn_implementation("eager")  # compiled, it takes half of what SDPA takes on a processor
     forward = torch.compile(model) if fast else model
     first = 0
