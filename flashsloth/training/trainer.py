@@ -27,8 +27,8 @@ from flashsloth.training.muon import Muon, matrices_of_layers
 from flashsloth.training.progress import Progress, peak_memory
 
 _DATA, _RUN = "data_{}.json", "run.json"
-# A batch has a multiple of so many tokens, where there is padding. oneDNN makes a kernel for each new shape and keeps it:
-# with another number every time, memory grew by 10 to 20 MB a step.
+# A batch has a multiple of so many tokens, where there is padding. oneDNN makes a kernel for each new shape and keeps
+# it: with another number every time, memory grew by 10 to 20 MB a step.
 _TOKENS = 256
 
 
