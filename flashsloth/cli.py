@@ -43,8 +43,11 @@ def _fail(message: str) -> int:
 
 
 def _demo(options: argparse.Namespace) -> None:
+    from transformers.utils import logging
+
     from flashsloth.demo import run_demo
 
+    logging.disable_progress_bar()  # of transformers, for every file it reads
     run_demo(options.image, options.question, options.out, console=_console())
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from transformers.utils import logging
 
 from flashsloth.modeling import FlashSlothForConditionalGeneration
 from flashsloth.processing import FlashSlothProcessor
@@ -35,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def load(options: argparse.Namespace) -> Loaded:
     """What the arguments of :func:`add_arguments` ask for. Raises as :func:`load_model`."""
+    logging.disable_progress_bar()  # of transformers, for every file it reads
     return load_model(options.model, hd=options.hd, dtype=options.dtype, device=options.device)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -43,3 +44,13 @@ def test_the_first_questions_of_the_test_split(loaded: Loaded, task: str) -> Non
     )
     assert found.total.count == first["of"]
     assert abs(found.total.correct - first["right"]) <= TURNED
+
+
+def test_hd_reads_small_print_that_the_plain_mode_cannot(loaded: Loaded) -> None:
+    made = generated_task(limit=1600)
+    task = replace(made, questions=tuple(one for one in made.questions if one.kind == "small-print"))
+    plain, hd = (
+        evaluate(loaded.model, loaded.processor, task, image_hd=hd, max_new_tokens=32).total for hd in (False, True)
+    )
+    assert plain.count == hd.count > 30
+    assert hd.accuracy >= plain.accuracy + 0.10
