@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*.h csrc/*/*)
 CXX_FILES := $(filter %.cpp %.h %.cu %.cuh,$(SOURCES) $(wildcard tests/emulator/*))
 
-.PHONY: demo test lint format kernels bench bench-check bench-readme gpu-check nano clean
+.PHONY: demo test lint format kernels bench bench-check bench-readme gpu-check nano ablation clean
 
 # Also on your own picture: make demo IMAGE=photo.png QUESTION="What color is the circle?"
 demo: $(VENV)/installed
@@ -51,6 +51,10 @@ gpu-check: $(VENV)/installed
 # The small model from nothing, into nano/: pictures, tower, two stages. Hours on two CPU cores; goes on after a stop.
 nano: $(VENV)/installed
 	$(BIN)/python -m flashsloth.nano --out nano
+
+# Then other ways to compress, and embedded queries, on its weights: nano/ablation/ablation.md.
+ablation: $(VENV)/installed
+	$(BIN)/python -m flashsloth.nano --out nano --until ablation
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info flashsloth_ops/_C*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -19,8 +19,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Exit code 0, or 2 with one line on standard error for input that cannot be used."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     command = given[0] if given else ""
-    if arguments is None and command == "train":  # in a process of its own: threads that are made later take it over
-        import torch
+    if arguments is None and command in ("train", "ablate"):
+        import torch  # in a process of its own: threads that are made later take the setting over
 
         torch.set_flush_denormal(True)  # denormal numbers, many in a softmax, are slow on processors
     try:

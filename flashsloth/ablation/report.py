@@ -21,8 +21,8 @@ _METHOD = """\
 * **The same for all**: the vision tower (a trained one, frozen), the decoder it starts from ({init}),
   {pictures:,} training pictures with all their questions, {steps:,} steps of {batch}, AdamW with a peak rate of
   {rate:g}{muon} (warmup over {warmup:.0%} of the steps, then a cosine to zero), weight decay {decay:g} on matrices,
-  gradients clipped at norm {clip:g}. Nothing was tuned for a variant, and no checkpoint was chosen: the weights behind
-  the last step count.
+  gradients clipped at norm {clip:g}{fast}. Nothing was tuned for a variant, and no checkpoint was chosen: the weights
+  behind the last step count.
 * **A seed** sets the order of the pictures, the weights that are drawn and dropout. It is the same for every variant,
   so differences are taken seed by seed. Parts that two variants share start from the same numbers.
 * **What is trained**: pooling, projector, queries and decoder, in one stage. The tower's output is computed once a
@@ -150,6 +150,7 @@ def _method(found: Sequence[Group], times: dict[str, Any] | None) -> str:
         warmup=settings["warmup"],
         decay=settings["weight_decay"],
         clip=settings["clip"],
+        fast=", products in bfloat16" if settings["bf16"] else "",
         asked=sum(one["asked"] for one in run.scores.values()),
         tested=settings["test_pictures"],
         times="" if times is None else _TIMES.format(mark=found[0].mark, rounds=times["rounds"]),

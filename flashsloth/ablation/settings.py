@@ -27,6 +27,8 @@ class Settings:
         muon: the same of Muon, for the matrices of linear layers; without it AdamW trains them like all else.
         weight_decay: of both.
         clip: norm of the gradients at most.
+        bf16: whether training multiplies in bfloat16; weights stay in float32.
+        compile: whether training runs the decoder's layers compiled.
         train_pictures, test_pictures: the first so many of a split; None for all.
         query_layers: layers to try the query module before, besides that of the model; None for the first, the middle
             and the last that are possible.
@@ -45,6 +47,8 @@ class Settings:
     warmup: float = 0.05
     weight_decay: float = 0.01
     clip: float = 1.0
+    bf16: bool = False
+    compile: bool = False
     train_pictures: int | None = None
     test_pictures: int | None = None
     query_layers: tuple[int, ...] | None = None
@@ -111,6 +115,10 @@ def _value(key: str, value: Any, path: Path) -> Any:
         if not isinstance(value, list) or not all(isinstance(one, int) and one is not True for one in value):
             raise TypeError(f"{path}: {key}: expected a list of whole numbers, got {value!r}")
         return tuple(value)
+    if key in ("bf16", "compile"):
+        if not isinstance(value, bool):
+            raise TypeError(f"{path}: {key}: expected true or false, got {value!r}")
+        return value
     if key in ("learning_rate", "muon", "warmup", "weight_decay", "clip"):
         try:  # YAML takes 1e-3, without a point, for text
             return float(value if not isinstance(value, bool) else "bool")

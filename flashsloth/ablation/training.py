@@ -18,6 +18,8 @@ from flashsloth.modeling import FlashSlothForConditionalGeneration
 from flashsloth.processing import FlashSlothProcessor
 from flashsloth.prompt import dialogue_prompt
 from flashsloth.training.muon import Muon, matrices_of_layers
+from flashsloth.training.stages import compile_decoder, uncompile_decoder
+from flashsloth.training.trainer import TOKENS
 
 LOGGED = 50  # losses a run keeps
 
@@ -74,12 +76,15 @@ def train(
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)  # of dropout
         model.train()
+        if settings.compile:
+            compile_decoder(model)
         for step, chosen in enumerate(order(seed, material.train.pictures, settings.batch, steps)):
             for group, most in zip(optimizer.param_groups, highest, strict=True):
                 group["lr"] = most * learning_rate(step, steps, settings.warmup)
             batch = rows.batch(chosen, model.device)
             features = torch.from_numpy(material.train_features[chosen]).to(model.device, model.dtype)
-            loss = model(**batch, image_context=model.context_of_features(features)).loss
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=settings.bf16):
+                loss = model(**batch, image_context=model.context_of_features(features)).loss
             losses.append(loss.item())
             if not math.isfinite(losses[-1]):
                 raise ValueError(
@@ -93,6 +98,8 @@ def train(
             if (step + 1) % max(1, steps // 4) == 0:
                 material.tell(f"  step {step + 1:,} of {steps:,}: loss {np.mean(losses[-every:]):.3f}")
         model.eval()
+    if settings.compile:
+        uncompile_decoder(model)
     return [float(np.mean(losses[start : start + every])) for start in range(0, steps, every)]
 
 
@@ -109,6 +116,7 @@ def optimizer_of(model: torch.nn.Module, settings: Settings) -> torch.optim.Opti
         matrices_of_layers(model),
         groups,
         muon_lr=settings.muon,
+        bf16=settings.bf16,
         lr=settings.learning_rate,
         weight_decay=settings.weight_decay,
     )
@@ -121,7 +129,7 @@ class Rows:
         self.split, self.processor, self.special = split, processor, material.special
         self.positions = getattr(material.config.text_config, "max_position_embeddings", None)
         # No batch needs the blank row: every record of a split can be used.
-        self.collate = Collator.of(LlavaDataset(split.source, processor), packed=True)
+        self.collate = Collator.of(LlavaDataset(split.source, processor), packed=True, packed_multiple=TOKENS)
         self.expansion = {
             processor.image_token_id: processor.num_image_tokens(),
             processor.learnable_token_id: processor.num_queries,

@@ -7,6 +7,7 @@
     OUT/stage1, OUT/stage2                    captions, questions: by the YAML files of this folder
     OUT/weights                               what ships: stage 2 in bfloat16, rounded to nearest even
     OUT/curves.svg                            how it went
+    OUT/ablation                              other ways to compress, on these weights; only with --until ablation
 
 A run that was interrupted goes on by the same command.
 """
@@ -16,10 +17,9 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -29,19 +29,21 @@ from flashsloth.nano.align import ALIGNMENT, align
 from flashsloth.nano.curves import draw_curves
 from flashsloth.nano.model import vision_config, write_start
 from flashsloth.nano.questions import more_records
+from flashsloth.nano.selection import fewer_easy, only
 from flashsloth.nano.tower import TowerTraining, train_tower
-from flashsloth.prompt import IMAGE_TOKEN
 
 STAGES = ("stage1", "stage2")
 PICTURES = {"train": 60_000, "validation": 1_000, "test": 2_000}
-READING = ("word", "digit")
+READING, SMALL = ("word", "digit"), ("small-print",)
 _HERE = Path(__file__).parent
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("nano"), metavar="DIR", help="default: %(default)s")
     parser.add_argument("--jobs", type=int, default=2, metavar="N", help="processes that draw pictures (%(default)s)")
-    parser.add_argument("--until", choices=[name for name, _ in STEPS], help="the last step to do")
+    parser.add_argument(
+        "--until", choices=[name for name, _ in STEPS], default="curves", help="the last step to do (%(default)s)"
+    )
 
 
 def main(options: argparse.Namespace) -> None:
@@ -57,23 +59,18 @@ def _data(out: Path, jobs: int) -> None:
     """``make_sight`` keeps what is finished."""
     make_sight(out / "data" / "sight", Settings(), PICTURES, jobs=jobs)
     make_sight(out / "data" / "sort-of-clevr", Settings(size=sort_of_clevr.SIZE, sort_of_clevr=True), jobs=jobs)
-    records = json.loads((out / "data" / "sight" / "train" / "questions.json").read_text())
+    sight, clevr = (
+        json.loads((out / "data" / name / "train" / "questions.json").read_text())
+        for name in ("sight", "sort-of-clevr")
+    )
+    more = list(more_records(sight, Settings(), jobs))
     for name, chosen in (
-        ("reading", [_only(record, READING) for record in records if {*READING} & {*record["kinds"]}]),
-        ("small-print", [record for record in records if "small-print" in record["kinds"]]),
-        ("more", list(more_records(records, Settings(), jobs))),
+        ("more", fewer_easy(more, without=SMALL)),  # in one tile small print cannot be read
+        ("reading", only(sight, READING)),
+        ("small-print", fewer_easy([record for record in sight if {*SMALL} & {*record["kinds"]}])),
+        ("sort-of-clevr", fewer_easy(clevr)),
     ):
-        (out / "data" / f"{name}.json").write_text(json.dumps(chosen))
-
-
-def _only(record: dict[str, Any], kinds: Sequence[str]) -> dict[str, Any]:
-    """A record with those of its questions that are of these kinds."""
-    said, asked = record["conversations"], record["kinds"]
-    chosen = [i for i, kind in enumerate(asked) if kind in kinds]
-    turns = [turn for i in chosen for turn in said[2 * i : 2 * i + 2]]
-    question = turns[0]["value"].removeprefix(f"{IMAGE_TOKEN}\n")
-    turns[0] = {**turns[0], "value": f"{IMAGE_TOKEN}\n{question}"}
-    return {**record, "conversations": turns, "kinds": [asked[i] for i in chosen]}
+        (out / "data" / f"{name}.json").write_text(json.dumps(list(chosen)))
 
 
 def _start(out: Path, jobs: int) -> None:
@@ -102,7 +99,7 @@ def _stage(out: Path, jobs: int, name: str) -> None:
 
 
 def copy_configuration(out: Path, name: str) -> Path:
-    """The YAML file of a stage to where its paths are meant."""
+    """A YAML file of this folder to where its paths are meant."""
     return Path(shutil.copyfile(_HERE / f"{name}.yaml", out / f"{name}.yaml"))
 
 
@@ -114,6 +111,14 @@ def write_weights(out: Path, jobs: int) -> None:
     model = FlashSlothForConditionalGeneration.from_pretrained(out / "stage2", dtype=torch.float32)
     model.to(torch.bfloat16).save_pretrained(out / "weights")
     FlashSlothProcessor.from_pretrained(out / "stage2").save_pretrained(out / "weights")
+
+
+def _ablation(out: Path, jobs: int) -> None:
+    from flashsloth.ablation.command import SEEDS, ablate
+    from flashsloth.ablation.report import write_report
+
+    ablate(copy_configuration(out, "ablation"), out / "ablation", None, SEEDS, resume=True)
+    write_report(out / "ablation")
 
 
 def _device() -> str:
@@ -133,4 +138,5 @@ STEPS: tuple[tuple[str, Callable[[Path, int], object]], ...] = (
     *((name, partial(_stage, name=name)) for name in STAGES),
     ("weights", write_weights),
     ("curves", lambda out, jobs: draw_curves(out, out / "curves.svg")),
+    ("ablation", _ablation),
 )

@@ -153,18 +153,33 @@ def set_trained(model: FlashSlothForConditionalGeneration, parts: Iterable[str])
 
 
 def compile_layers(model: FlashSlothForConditionalGeneration) -> None:
-    """Compile each layer of the decoder, one graph for all of them and for any number of tokens, and the tower whole.
-
-    What lies between the layers, the embedded queries for one, runs as it is. Weights and their names stay.
+    """Compile the decoder's layers, and the tower whole. What lies between, the embedded queries for one, runs as it
+    is. Weights and their names stay.
     """
     tower: Any = model.vision_tower
     # A compiled softmax beats the products of SDPA on a processor; on a GPU SDPA is FlashAttention.
     if not torch.cuda.is_available():
         tower.set_attn_implementation("eager")
     tower.forward = torch.compile(tower.forward, dynamic=False)
-    decoder: Any = model.get_decoder()
-    for layer in decoder.layers:
+    compile_decoder(model)
+
+
+def compile_decoder(model: FlashSlothForConditionalGeneration) -> None:
+    """Compile each layer of the decoder: one graph for all of them and for any number of tokens."""
+    for layer in _decoder_layers(model):
         layer.forward = torch.compile(layer.forward, dynamic=True)
+
+
+def uncompile_decoder(model: FlashSlothForConditionalGeneration) -> None:
+    """Undo :func:`compile_decoder`."""
+    for layer in _decoder_layers(model):
+        del layer.forward
+
+
+def _decoder_layers(model: FlashSlothForConditionalGeneration) -> Iterable[Any]:
+    decoder: Any = model.get_decoder()
+    layers: Iterable[Any] = decoder.layers
+    return layers
 
 
 def count_parameters(model: nn.Module) -> dict[str, tuple[int, int]]:

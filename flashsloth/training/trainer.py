@@ -29,7 +29,7 @@ from flashsloth.training.progress import Progress, peak_memory
 _DATA, _RUN = "data_{}.json", "run.json"
 # A batch has a multiple of so many tokens, where there is padding. oneDNN makes a kernel for each new shape and keeps
 # it: with another number every time, memory grew by 10 to 20 MB a step.
-_TOKENS = 256
+TOKENS = 256
 
 
 class Diverged(ValueError):
@@ -88,7 +88,7 @@ class FlashSlothTrainer(Trainer):
             data.blank(),
             always_image=arguments.world_size > 1,
             packed=True,
-            packed_multiple=_TOKENS,
+            packed_multiple=TOKENS,
         )
         self._loader = TrainingLoader(
             data,

@@ -17,7 +17,7 @@ DROPOUT = {"resid_pdrop": 0.1}
 
 
 def make_model(folder: Path, seed: int = 0, **changes: Any) -> Path:
-    config = tiny_config(text=DROPOUT, **changes)
+    config = tiny_config(**{"text": DROPOUT, **changes})
     random_model(config, seed).save_pretrained(folder)
     processor_for(config).save_pretrained(folder)
     return folder
@@ -45,6 +45,8 @@ SETTINGS = {
     "warmup": 0.05,
     "weight_decay": 0.01,
     "clip": 1.0,
+    "bf16": False,
+    "compile": False,
     "train_pictures": 8000,
     "test_pictures": 100,
     "query_layers": None,

@@ -208,6 +208,24 @@ def test_training_learns(muon: float | None, place: Path, tmp_path: Path) -> Non
     assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:3])
 
 
+@pytest.mark.parametrize(("fast", "allowed"), [({"compile": True}, 1e-4), ({"bf16": True}, 0.02)])
+def test_faster_training_changes_nothing_but_rounding(
+    fast: dict[str, bool], allowed: float, place: Path, tmp_path: Path
+) -> None:
+    make_model(tmp_path / "model", pool_dropout=0.0, text={"resid_pdrop": 0.0})
+    changes: dict[str, Any] = {"model": str(tmp_path / "model"), "learning_rate": 1e-4}
+    found = {}
+    for name, changed in (("plain", {}), ("fast", fast)):
+        shared = Material(read_settings(write_config(place, f"{name}.yaml", **changes, **changed)), tmp_path)
+        model: Any = shared.build(shared.config, 0)
+        found[name] = training.train(model, shared.processor, shared, 0)
+        assert all("forward" not in vars(layer) for layer in model.get_decoder().layers)
+        assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+    assert found["fast"] == pytest.approx(found["plain"], rel=allowed)
+    if "bf16" in fast:
+        assert found["fast"] != found["plain"]
+
+
 def test_an_order_is_whole_passes() -> None:
     seed = 3
     steps = list(order(seed, pictures=5, batch=3, steps=5))
@@ -338,6 +356,8 @@ def make_processor(place: Path) -> Any:
         ({"steps": True}, "steps: expected a whole number, got True"),
         ({"learning_rate": "fast"}, "learning_rate: expected a number, got 'fast'"),
         ({"learning_rate": 0}, "learning_rate: expected a number above 0 and at most 1, got 0"),
+        ({"bf16": 1}, "bf16: expected true or false, got 1"),
+        ({"compile": "yes"}, "compile: expected true or false, got 'yes'"),
         ({"muon": -1}, "muon: expected a number above 0 and at most 1, got -1"),
         ({"warmup": 2.0}, "warmup: expected 0 to 1, got 2.0"),
         ({"clip": float("nan")}, "clip: expected a number above 0, got nan"),
