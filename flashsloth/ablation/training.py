@@ -11,7 +11,7 @@ import torch
 
 from flashsloth.ablation.material import Material, Split
 from flashsloth.ablation.settings import Settings
-from flashsloth.data.collate import Collator, take_report
+from flashsloth.data.collate import PACKED_MULTIPLE, Collator, take_report
 from flashsloth.data.llava import LlavaDataset, Sample
 from flashsloth.encoding import Row, encode_prompt
 from flashsloth.modeling import FlashSlothForConditionalGeneration
@@ -19,7 +19,6 @@ from flashsloth.processing import FlashSlothProcessor
 from flashsloth.prompt import dialogue_prompt
 from flashsloth.training.muon import Muon, matrices_of_layers
 from flashsloth.training.stages import compile_decoder, uncompile_decoder
-from flashsloth.training.trainer import TOKENS
 
 LOGGED = 50  # losses a run keeps
 
@@ -129,7 +128,7 @@ class Rows:
         self.split, self.processor, self.special = split, processor, material.special
         self.positions = getattr(material.config.text_config, "max_position_embeddings", None)
         # No batch needs the blank row: every record of a split can be used.
-        self.collate = Collator.of(LlavaDataset(split.source, processor), packed=True, packed_multiple=TOKENS)
+        self.collate = Collator.of(LlavaDataset(split.source, processor), packed=True, packed_multiple=PACKED_MULTIPLE)
         self.expansion = {
             processor.image_token_id: processor.num_image_tokens(),
             processor.learnable_token_id: processor.num_queries,

@@ -8,7 +8,7 @@ from typing import Any
 from flashsloth.data.sight.dice import Dice
 from flashsloth.prompt import IMAGE_TOKEN
 
-# Answered right to 96 % and more after 1,350 steps, when the others were at 68 to 91 %.
+# Answered right to 96 % and more after 1,350 steps in which all kinds were asked as often.
 EASY = ("color", "shape", "position", "query-shape", "query-horizontal", "query-vertical")
 SHARE = 0.25
 

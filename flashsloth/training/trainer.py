@@ -14,7 +14,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from transformers.trainer import TRAINER_STATE_NAME
 
 from flashsloth.data.broken import BrokenLog, Skipped
-from flashsloth.data.collate import Collator, TrainingLoader, take_report
+from flashsloth.data.collate import PACKED_MULTIPLE, Collator, TrainingLoader, take_report
 from flashsloth.files import write_json
 from flashsloth.modeling import FlashSlothForConditionalGeneration
 from flashsloth.processing import FlashSlothProcessor
@@ -27,9 +27,6 @@ from flashsloth.training.muon import Muon, matrices_of_layers
 from flashsloth.training.progress import Progress, peak_memory
 
 _DATA, _RUN = "data_{}.json", "run.json"
-# A batch has a multiple of so many tokens, where there is padding. oneDNN makes a kernel for each new shape and keeps
-# it: with another number every time, memory grew by 10 to 20 MB a step.
-TOKENS = 256
 
 
 class Diverged(ValueError):
@@ -88,7 +85,7 @@ class FlashSlothTrainer(Trainer):
             data.blank(),
             always_image=arguments.world_size > 1,
             packed=True,
-            packed_multiple=TOKENS,
+            packed_multiple=PACKED_MULTIPLE,
         )
         self._loader = TrainingLoader(
             data,

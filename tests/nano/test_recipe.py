@@ -31,6 +31,19 @@ def test_pictures_and_start_are_what_the_stages_read(tmp_path: Path, monkeypatch
     small = json.loads((tmp_path / "data" / "small-print.json").read_text())
     assert small
     assert all("small-print" in record["kinds"] for record in small)
+    reading = json.loads((tmp_path / "data" / "reading.json").read_text())
+    whole = json.loads((tmp_path / "data" / "sight" / "train" / "questions.json").read_text())
+    whole = [record for record in whole if {"word", "digit"} & {*record["kinds"]}]
+    assert 0 < len(reading) == len(whole)
+    for record, of in zip(reading, whole, strict=True):
+        said = [turn["value"] for turn in record["conversations"]]
+        assert said[0].startswith("<image>\n")
+        assert "<image>" not in "".join(said[1:])
+        asked = [text.removeprefix("<image>\n") for text in said[::2]]
+        pairs = list(zip(asked, said[1::2], record["kinds"], strict=True))
+        everything = [turn["value"].removeprefix("<image>\n") for turn in of["conversations"]]
+        kinds = zip(everything[::2], everything[1::2], of["kinds"], strict=True)
+        assert pairs == [one for one in kinds if one[2] in recipe.READING]
     more = json.loads((tmp_path / "data" / "more.json").read_text())
     assert not any("small-print" in record["kinds"] for record in more)
     for folder in ("aligned", "stage1"):
@@ -49,7 +62,7 @@ def test_the_ablation_is_about_the_weights(tmp_path: Path) -> None:
         (tmp_path / folder).mkdir(parents=True)
     settings = read_settings(recipe.copy_configuration(tmp_path, "ablation"))
     assert settings.model == settings.init == tmp_path / "weights"
-    assert options(tmp_path).until == "curves"  # it takes as long as all the rest
+    assert options(tmp_path).until == "curves"  # other ways to compress only on demand
 
 
 def test_weights_are_rounded_to_the_nearest_bfloat16(tmp_path: Path) -> None:
